@@ -1,0 +1,126 @@
+"""The tables, for every SQL engine; docs/storage.md explains them to people who query the database themselves.
+
+Raw rows live in `stats`, one row for one slot at one step of one source, keyed in the order of arrival. A *source*
+is one process life of one rank, (run, rank, incarnation). Slots are numbered once per run, so that the same layer
+and role has the same number on all ranks and incarnations.
+
+Exactly once: `source.up_to_seq` is advanced in the transaction that inserts a batch's rows, and a batch at or below
+it is a resend. Times are Unix nanoseconds. A NaN scalar is stored as null, since SQLite has no NaN.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from fp8core.records import FIELDS
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_BIG = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite: only INTEGER is a rowid alias
+_FIELD_TYPES: dict[str, type[sa.types.TypeEngine[float]] | sa.types.TypeEngine[float] | sa.types.TypeEngine[int]] = {
+    "float32": sa.REAL(),
+    "float64": sa.Double(),
+    "uint64": sa.BigInteger(),
+}
+
+run = sa.Table(
+    "run",
+    metadata,
+    sa.Column("id", _BIG, primary_key=True),
+    sa.Column("project", sa.Text, nullable=False, server_default=""),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("created_unix_ns", sa.BigInteger, nullable=False, comment="when its first source connected"),
+    sa.Column("config_json", sa.Text, nullable=False, server_default="", comment="newest source's configuration"),
+    sa.Column("tags_json", sa.Text, nullable=False, server_default="[]", comment="JSON array of strings"),
+    sa.Column("notes", sa.Text, nullable=False, server_default=""),
+    sa.UniqueConstraint("project", "name"),
+)
+
+source = sa.Table(
+    "source",
+    metadata,
+    sa.Column("id", _BIG, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("run.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("incarnation", sa.Integer, nullable=False, comment="process lives of this rank, from 1"),
+    sa.Column("source_uuid", sa.Text, nullable=False, unique=True, comment="recognises a source that reconnects"),
+    sa.Column("world_size", sa.Integer, nullable=False),
+    sa.Column("started_unix_ns", sa.BigInteger, nullable=False, comment="agent's clock"),
+    sa.Column("first_seen_unix_ns", sa.BigInteger, nullable=False, comment="collector's clock"),
+    sa.Column("last_seen_unix_ns", sa.BigInteger, nullable=False, comment="collector's clock, newest message"),
+    sa.Column("clock_skew_ns", sa.BigInteger, nullable=False, comment="agent's clock minus collector's, at connect"),
+    sa.Column("agent_version", sa.Text, nullable=False),
+    sa.Column("environment_json", sa.Text, nullable=False, comment="JSON object: host, device, versions, commit"),
+    sa.Column("up_to_seq", sa.BigInteger, nullable=False, server_default="0", comment="committed; resume above it"),
+    sa.Column("rows", sa.BigInteger, nullable=False, server_default="0", comment="rows of stats committed"),
+    sa.Column("last_step", sa.BigInteger, nullable=True, comment="largest step committed"),
+    sa.Column("finished_unix_ns", sa.BigInteger, nullable=True, comment="agent's clock; null: not finished"),
+    sa.Column("outcome", sa.Text, nullable=True, comment="finished | failed"),
+    sa.Column("outcome_message", sa.Text, nullable=True),
+    sa.UniqueConstraint("run_id", "rank", "incarnation"),
+)
+
+slot = sa.Table(
+    "slot",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False, comment="from 0, in model order"),
+    sa.Column("layer", sa.Text, nullable=False, comment="torch FQN"),
+    sa.Column("role", sa.Text, nullable=False, comment="input | weight | grad_output"),
+    sa.Column("module_class", sa.Text, nullable=False),
+    sa.Column("in_features", sa.Integer, nullable=False),
+    sa.Column("out_features", sa.Integer, nullable=False),
+    sa.UniqueConstraint("run_id", "layer", "role"),
+    sqlite_with_rowid=False,
+)
+
+# How a slot was quantised: may change when a run is resumed.
+slot_recipe = sa.Table(
+    "slot_recipe",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("incarnation", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("format", sa.Text, nullable=False, comment="E4M3FN | E5M2 | E4M3FNUZ | E5M2FNUZ"),
+    sa.Column("recipe", sa.Text, nullable=False, comment="as the recipe prints itself"),
+    sa.Column("margin", sa.Integer, nullable=False, comment="bits of headroom that the recipe leaves"),
+    sqlite_with_rowid=False,
+)
+
+stats = sa.Table(
+    "stats",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False, comment="optimizer step"),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    *(
+        sa.Column(field.name, _FIELD_TYPES[field.dtype], nullable=True, comment=f"{field.definition} ({field.unit})")
+        for field in FIELDS
+    ),
+    sqlite_with_rowid=False,
+)
+
+scalar = sa.Table(
+    "scalar",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True, comment="loss, grad_norm, learning_rate ..."),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("value", sa.Double, nullable=True, comment="null: NaN"),
+    sqlite_with_rowid=False,
+)
+
+drop = sa.Table(
+    "drop_total",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("reason", sa.Text, primary_key=True),
+    sa.Column("rows", sa.BigInteger, nullable=False, comment="rows that the agent dropped since the source started"),
+    sqlite_with_rowid=False,
+)
