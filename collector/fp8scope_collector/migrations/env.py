@@ -1,6 +1,7 @@
 """What alembic runs: the migrations, on the connection and in the transaction that `storage.engine.migrate` opened."""
 
 from alembic import context
+
 from fp8scope_collector.storage.schema import metadata
 
 context.configure(

@@ -78,7 +78,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "stats",
-        sa.Column("source_id", _ID, nullable=False),
+        sa.Column("source_id", _ID, nullable=False, comment="source.id"),
         sa.Column("step", sa.BigInteger, nullable=False, comment="optimizer step"),
         sa.Column("slot", sa.Integer, nullable=False),
         sa.Column("amax", sa.REAL, nullable=True, comment="largest finite |x| (as the tensor)"),
@@ -118,7 +118,6 @@ def upgrade() -> None:
             comment="sum of (x - q * inv_scale)^2 over finite elements (square of the tensor's)",
         ),
         sa.PrimaryKeyConstraint("source_id", "step", "slot", name="pk_stats"),
-        sa.ForeignKeyConstraint(["source_id"], ["source.id"], name="fk_stats_source_id_source", ondelete="CASCADE"),
         sqlite_with_rowid=False,
     )
     op.create_table(

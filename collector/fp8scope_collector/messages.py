@@ -1,0 +1,107 @@
+"""What the messages of a stream are once they are checked: values that the rest of the collector trusts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8core.records import Role
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """One entry of a source's catalogue; its position there is the slot id on the wire."""
+
+    layer: str
+    role: Role
+    module_class: str
+    in_features: int
+    out_features: int
+    format: str
+    recipe: str
+    margin: int
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Who opens a stream."""
+
+    project: str
+    run: str
+    rank: int
+    world_size: int
+    incarnation: int
+    source_uuid: str
+    started_unix_ns: int
+    sent_unix_ns: int
+    agent_version: str
+    slots: tuple[SlotSpec, ...]
+    config_json: str
+    environment_json: str
+    tags_json: str
+    notes: str
+
+    @property
+    def run_label(self) -> str:
+        """`project/name`, or `name` where there is no project."""
+        return run_label(self.project, self.run)
+
+
+def run_label(project: str, name: str) -> str:
+    """How a run is called on the command line and in metrics: `project/name`, or `name` without a project."""
+    return f"{project}/{name}" if project else name
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A registered source: its row in the database, and its catalogue as arrays indexed by wire slot id."""
+
+    id: int
+    run_id: int
+    run: str
+    rank: int
+    incarnation: int
+    up_to_seq: int
+    finished: bool
+    run_slot: npt.NDArray[np.int64]  # number of the slot in the run
+    role: npt.NDArray[np.str_]
+    log2_max: npt.NDArray[np.float64]  # log2 of the largest finite value of the slot's format
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a source ended; `outcome` is finished or failed."""
+
+    finished_unix_ns: int
+    outcome: str
+    message: str
+
+
+_NO_ROWS: npt.NDArray[np.int64] = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One durable message of a source: rows, scalars and running totals of drops, or its end.
+
+    `step`, `slot` (wire ids) and each column have one entry a row; an absent column is not in `columns`. Counts are
+    int64: a larger uint64 was refused.
+    """
+
+    source: Source
+    seq: int
+    size_bytes: int
+    step: npt.NDArray[np.int64] = field(default_factory=lambda: _NO_ROWS)
+    slot: npt.NDArray[np.int64] = field(default_factory=lambda: _NO_ROWS)
+    columns: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    scalars: tuple[tuple[int, str, float], ...] = ()  # (step, name, value)
+    drops: Mapping[str, int] = field(default_factory=dict)  # reason -> rows
+    ending: Ending | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of statistics in it."""
+        return len(self.step)

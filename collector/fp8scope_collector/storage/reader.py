@@ -1,0 +1,534 @@
+"""What the dashboard and the command line read: runs, slots, heat maps, series, scalars, raw rows.
+
+`Reader` answers in frozen values with numpy arrays, merged over ranks and over the lives of a resumed run (see
+`history`): the largest amax and ratio, the smallest headroom, the sum of counts. Long ranges come in columns of a
+power of two of steps whose smallest and largest value are both kept, so that no spike is lost. The database does the
+bucketing; no query returns more than it says.
+
+Ratios are shares of elements, 0 to 1. A missing field, a tensor of zeros (no headroom) and a step without rows are NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import sqlalchemy as sa
+
+from fp8core.formats import FORMATS
+from fp8core.records import FIELDS, Role
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.engine import open_engine
+from fp8scope_collector.storage.history import (
+    FIRST_STEP,
+    LAST_STEP,
+    Life,
+    Span,
+    history,
+    int_div,
+    owned_spans,
+    steps_of,
+)
+from fp8scope_collector.storage.quantities import (
+    QUANTITIES,
+    Floats,
+    Formats,
+    Ints,
+    Quantity,
+    in_unit,
+    merged_over_ranks,
+    quantity_columns,
+)
+from fp8scope_collector.storage.readmodels import (
+    HeatMap,
+    Progress,
+    RunNotFound,
+    RunSummary,
+    Scalar,
+    Series,
+    Slot,
+    State,
+    Worst,
+)
+
+__all__ = [
+    "QUANTITIES",
+    "HeatMap",
+    "Progress",
+    "Quantity",
+    "Reader",
+    "RunNotFound",
+    "RunSummary",
+    "Scalar",
+    "Series",
+    "Slot",
+    "State",
+    "Worst",
+]
+
+STALE_AFTER_S = 60.0
+
+
+class Reader:
+    """Reads one database; safe to use from several threads.
+
+    Raises:
+        StorageError: the database is missing, empty, unreachable or of another version.
+    """
+
+    def __init__(self, url: str, *, clock: Callable[[], int] = time.time_ns) -> None:
+        self._engine = open_engine(url, read_only=True)
+        self._clock = clock
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._engine.dispose()
+
+    def runs(self) -> list[RunSummary]:
+        """All runs, the one heard from last first."""
+        with self._engine.connect() as connection:
+            runs = connection.execute(sa.select(schema.run)).all()
+            first_step = sa.select(sa.func.min(schema.stats.c.step)).where(
+                schema.stats.c.source_id == schema.source.c.id
+            )
+            lives: dict[int, list[sa.Row[Any]]] = {}
+            for life in connection.execute(sa.select(schema.source, first_step.scalar_subquery().label("first_step"))):
+                lives.setdefault(life.run_id, []).append(life)
+            drops = sa.select(schema.source.c.run_id, sa.cast(sa.func.sum(schema.drop.c.rows), sa.BigInteger))
+            drops = drops.join(schema.drop, schema.drop.c.source_id == schema.source.c.id)
+            dropped = {row[0]: int(row[1]) for row in connection.execute(drops.group_by(schema.source.c.run_id))}
+        summaries = [self._summary(run, lives.get(run.id, []), dropped.get(run.id, 0)) for run in runs]
+        return sorted(summaries, key=lambda run: (-run.last_seen_unix_ns, run.ref))
+
+    def run(self, ref: str) -> RunSummary:
+        """The run called `ref`: a name, or project/name.
+
+        Raises:
+            RunNotFound: none is, or several projects have a run of that name.
+        """
+        runs = self.runs()
+        exact = [run for run in runs if run.ref == ref]
+        found = exact or [run for run in runs if run.name == ref]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            choices = " or ".join(sorted(repr(run.ref) for run in found))
+            raise RunNotFound(f"run {ref!r} is in {len(found)} projects; say {choices}")
+        names = ", ".join(run.ref for run in runs[:10]) + (", ..." if len(runs) > 10 else "")
+        raise RunNotFound(f"run {ref!r} is unknown; " + (f"there are: {names}" if runs else "the database has no runs"))
+
+    def slots(self, run_id: int) -> list[Slot]:
+        """The slots of a run, in model order."""
+        slot, recipe, other = schema.slot, schema.slot_recipe, schema.slot_recipe.alias()
+        newest = sa.select(sa.func.max(other.c.incarnation)).where(
+            other.c.run_id == slot.c.run_id, other.c.slot == slot.c.slot
+        )
+        joined = sa.and_(
+            recipe.c.run_id == slot.c.run_id,
+            recipe.c.slot == slot.c.slot,
+            recipe.c.incarnation == newest.scalar_subquery(),
+        )
+        query = sa.select(slot, recipe.c.format, recipe.c.recipe, recipe.c.margin).outerjoin_from(slot, recipe, joined)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.where(slot.c.run_id == run_id).order_by(slot.c.slot)).all()
+        return [
+            Slot(
+                slot=row.slot,
+                layer=row.layer,
+                role=Role(row.role),
+                module_class=row.module_class,
+                in_features=row.in_features,
+                out_features=row.out_features,
+                format=row.format or "",
+                recipe=row.recipe or "",
+                margin=row.margin or 0,
+            )
+            for row in rows
+        ]
+
+    def progress(self, run_id: int) -> Progress | None:
+        """How far the run is; None before its first row. Costs a few seeks for each rank."""
+        with self._engine.connect() as connection:
+            lives = self._lives(connection, run_id)
+            if not lives:
+                return None
+            seen = sa.select(schema.source.c.id, schema.source.c.last_seen_unix_ns, schema.source.c.finished_unix_ns)
+            sending = {
+                row.id
+                for row in connection.execute(seen.where(schema.source.c.run_id == run_id))
+                if row.finished_unix_ns is None and self._clock() - row.last_seen_unix_ns < STALE_AFTER_S * 1e9
+            }
+            newest = max(lives, key=lambda life: (life.incarnation, life.last_step))
+            stride = self._stride(connection, newest)
+        last_step = max(life.last_step for life in lives)
+        return Progress(
+            first_step=min(life.first_step for life in lives),
+            last_step=last_step,
+            settled_step=min((life.last_step for life in lives if life.source_id in sending), default=last_step),
+            stride=stride,
+            lives=len(lives),
+        )
+
+    def heatmap(
+        self,
+        run_id: int,
+        quantity: Quantity,
+        *,
+        roles: Sequence[Role] = tuple(Role),
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_columns: int = 500,
+        width: int | None = None,
+    ) -> HeatMap:
+        """One quantity of all slots of `roles` over the recorded steps of [first_step, last_step].
+
+        `width` is the power of two of steps that makes at most `max_columns` columns and leaves none empty only
+        because fewer steps are recorded; a live view passes the width that it already shows, and as `first_step` the
+        first step that may have changed.
+
+        Raises:
+            ValueError: the quantity is unknown.
+        """
+        low, high = quantity_columns(quantity)
+        with self._engine.connect() as connection:
+            slots = self._numbers(connection, run_id, roles)
+            lives = self._lives(connection, run_id)
+            spans = owned_spans(lives, first_step, last_step)
+            if not spans or not slots.size:
+                return HeatMap(quantity, width or 1, 0, slots, *np.full((2, slots.size, 0), np.nan))
+            start, end = _extent(spans)
+            if width is None:
+                width = column_width(start, end, max_columns, self._stride(connection, lives[-1]))
+            formats = self._formats(connection, run_id)
+            span = history(spans, formats.epochs)
+            column = int_div(schema.stats.c.step, width)
+            query = (
+                sa.select(column, schema.stats.c.slot, span.c.epoch, sa.func.min(low), sa.func.max(high))
+                .join_from(span, schema.stats, _owned(span))
+                .where(_of_roles(run_id, roles))
+                .group_by(column, schema.stats.c.slot, span.c.epoch)
+            )
+            columns, numbers, epochs, lows, highs = _columns(connection.execute(query).all(), 5)
+        first_column = start // width
+        x, y = columns.astype(np.int64) - first_column, np.searchsorted(slots, numbers.astype(np.int64))
+        lows, highs = in_unit(quantity, lows, highs, formats.of(numbers, epochs))
+        shape = (slots.size, end // width - first_column + 1)
+        return HeatMap(quantity, width, first_column, slots, *_scatter(shape, y, x, lows, highs))
+
+    def top(self, run_id: int, *, last_steps: int = 100, limit: int = 10, by: Quantity = "overflow") -> list[Worst]:
+        """The tensors with the most extreme `by` within the last steps, worst first.
+
+        Largest amax or ratio above zero, smallest headroom; for scale_exp2 the largest change within those steps.
+
+        Raises:
+            ValueError: the quantity is unknown.
+        """
+        low, high = quantity_columns(by)
+        with self._engine.connect() as connection:
+            lives = self._lives(connection, run_id)
+            if not lives:
+                return []
+            end = max(life.last_step for life in lives)
+            formats = self._formats(connection, run_id)
+            span = history(owned_spans(lives, end - last_steps + 1, end), formats.epochs)
+            number = schema.stats.c.slot
+            query = (
+                sa.select(number, span.c.epoch, sa.func.min(low), sa.func.max(high), sa.func.max(schema.stats.c.step))
+                .join_from(span, schema.stats, _owned(span))
+                .group_by(number, span.c.epoch)
+            )
+            numbers, epochs, lows, highs, last = _columns(connection.execute(query).all(), 5)
+        lows, highs = in_unit(by, lows, highs, formats.of(numbers, epochs))
+        badness = {"headroom": -lows, "scale_exp2": highs - lows}.get(by, highs)
+        if by != "headroom":
+            badness = np.where(badness > 0, badness, np.nan)
+        value = lows if by == "headroom" else badness
+        slots = {slot.slot: slot for slot in self.slots(run_id)}
+        worst: dict[int, Worst] = {}
+        for i in np.argsort(-badness, kind="stable"):
+            slot = slots.get(int(numbers[i]))
+            if slot and not np.isnan(badness[i]) and slot.slot not in worst and len(worst) < limit:
+                worst[slot.slot] = Worst(slot.slot, slot.layer, slot.role, float(value[i]), int(last[i]))
+        return list(worst.values())
+
+    def series(
+        self,
+        run_id: int,
+        slot: int,
+        fields: Sequence[str],
+        *,
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_points: int = 750,
+    ) -> Series:
+        """Fields of one slot, at most `max_points` entries with their minimum and maximum.
+
+        A field is one of `FIELDS`, or scale_exp2, headroom (bits), overflow_ratio, underflow_ratio, subnormal_ratio,
+        nonfinite_ratio, sqnr_db.
+
+        Raises:
+            ValueError: a field is unknown.
+        """
+        with self._engine.connect() as connection:
+            lives = self._lives(connection, run_id)
+            spans = owned_spans(lives, first_step, last_step)
+            if not spans:
+                none = np.empty(0)
+                empty = none.astype(np.int64)
+                return Series(empty, empty, empty, dict.fromkeys(fields, none), dict.fromkeys(fields, none))
+            start, end = _extent(spans)
+            width = column_width(start, end, max_points, self._stride(connection, lives[-1]))
+            formats = self._formats(connection, run_id)
+            walk = steps_of(schema.stats, history(spans, formats.epochs))
+            stats = schema.stats.c
+            largest = [
+                (walk.c.epoch == epoch, known[slot]) for epoch, known in enumerate(formats.largest) if slot in known
+            ]
+            limit = sa.case(*largest) if largest else sa.null()
+            merged = {field: merged_over_ranks(field, limit) for field in fields}
+            here = sa.and_(stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot == slot)
+            inner = [column.label(f"{end}_{field}") for field in fields for end, column in merged[field].items()]
+            steps = (
+                sa.select(stats.step, *inner)
+                .join_from(walk, schema.stats, here)
+                .where(walk.c.step <= walk.c.last_step)
+                .group_by(stats.step)
+                .subquery()
+            )
+            outer = [
+                getattr(sa.func, "min" if side == "low" else "max")(steps.c[f"{side}_{field}"])
+                for field in fields
+                for side in ("low", "high")
+            ]
+            bucket = int_div(steps.c.step, width)
+            query = (
+                sa.select(sa.func.min(steps.c.step), sa.func.max(steps.c.step), sa.func.count(), *outer)
+                .group_by(bucket)
+                .order_by(bucket)
+            )
+            first, last, count, *values = _columns(connection.execute(query).all(), 3 + len(outer))
+        low: dict[str, Floats] = {}
+        high: dict[str, Floats] = {}
+        for i, field in enumerate(fields):
+            low[field], high[field] = in_unit(field, values[2 * i], values[2 * i + 1])
+        return Series(first.astype(np.int64), last.astype(np.int64), count.astype(np.int64), low, high)
+
+    def scalars(
+        self,
+        run_id: int,
+        names: Sequence[str] | None = None,
+        *,
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_points: int = 750,
+    ) -> list[Scalar]:
+        """The named numbers of the training loop (all, or `names`), each by its lowest rank, sorted by name."""
+        scalar = schema.scalar.c
+        with self._engine.connect() as connection:
+            lives: dict[str, list[Life]] = {}
+            for name, life in self._scalar_lives(connection, run_id):
+                if names is None or name in names:
+                    lives.setdefault(name, []).append(life)
+            found: list[Scalar] = []
+            for name, reporting in sorted(lives.items()):
+                rank = min(life.rank for life in reporting)
+                spans = owned_spans([life for life in reporting if life.rank == rank], first_step, last_step)
+                if not spans:
+                    continue
+                width = column_width(*_extent(spans), max_points, 1)
+                span = history(spans)
+                bucket = int_div(scalar.step, width)
+                inside = sa.and_(
+                    scalar.source_id == span.c.source_id,
+                    scalar.name == name,
+                    scalar.step.between(span.c.first_step, span.c.last_step),
+                )
+                aggregates = [sa.func.min(scalar.step), sa.func.max(scalar.step), sa.func.count()]
+                aggregates += [sa.func.min(scalar.value), sa.func.max(scalar.value), sa.func.count(scalar.value)]
+                query = sa.select(*aggregates).join_from(span, schema.scalar, inside).group_by(bucket).order_by(bucket)
+                first, last, count, low, high, there = _columns(connection.execute(query).all(), 6)
+                steps, lasts, counts, missing = (c.astype(np.int64) for c in (first, last, count, count - there))
+                found.append(Scalar(name, steps, lasts, counts, low, high, missing))
+        return found
+
+    def rows(self, run_id: int, *, batch_rows: int = 50_000) -> Iterator[pa.RecordBatch]:
+        """Every stored row of all ranks and incarnations, in batches; memory does not grow with the run.
+
+        Columns: run, incarnation, rank, layer, role, step, then `FIELDS` by name; ordered by incarnation, rank, step
+        and model order.
+        """
+        label = next(run.ref for run in self.runs() if run.id == run_id)
+        source, stats, slot = schema.source.c, schema.stats, schema.slot
+        named = sa.and_(slot.c.run_id == run_id, slot.c.slot == stats.c.slot)
+        arrow = {"float32": pa.float32(), "float64": pa.float64(), "uint64": pa.uint64()}
+        fields = [pa.field(name, pa.string() if name in ("layer", "role") else pa.int64()) for name in _ROW_KEY]
+        fields += [pa.field(field.name, arrow[field.dtype]) for field in FIELDS]
+        layout = pa.schema([pa.field("run", pa.string()), *fields])
+        with self._engine.connect() as connection:
+            lives = sa.select(source.id, source.incarnation, source.rank).where(source.run_id == run_id)
+            for source_id, incarnation, rank in connection.execute(
+                lives.order_by(source.incarnation, source.rank)
+            ).all():
+                query = (
+                    sa.select(slot.c.layer, slot.c.role, stats.c.step, *(stats.c[field.name] for field in FIELDS))
+                    .join_from(stats, slot, named)
+                    .where(stats.c.source_id == source_id)
+                    .order_by(stats.c.step, stats.c.slot)
+                )
+                with connection.execution_options(stream_results=True).execute(query) as result:
+                    for chunk in result.partitions(batch_rows):
+                        columns: list[Any] = [[label] * len(chunk), [incarnation] * len(chunk), [rank] * len(chunk)]
+                        columns += zip(*chunk, strict=True)
+                        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, layout, strict=True)]
+                        yield pa.RecordBatch.from_arrays(arrays, schema=layout)
+
+    def _summary(self, run: sa.Row[Any], lives: Sequence[sa.Row[Any]], dropped: int) -> RunSummary:
+        last_seen = max((life.last_seen_unix_ns for life in lives), default=run.created_unix_ns)
+        newest = [life for life in lives if life.incarnation == max(life.incarnation for life in lives)]
+        outcomes = [life.outcome for life in newest]
+        state: State = "running" if self._clock() - last_seen < STALE_AFTER_S * 1e9 else "stale"
+        if "failed" in outcomes:
+            state = "failed"
+        elif outcomes and all(outcome == "finished" for outcome in outcomes):
+            state = "finished"
+        return RunSummary(
+            id=run.id,
+            project=run.project,
+            name=run.name,
+            state=state,
+            first_step=min((life.first_step for life in lives if life.first_step is not None), default=None),
+            last_step=max((life.last_step for life in lives if life.last_step is not None), default=None),
+            rows=sum(life.rows for life in lives),
+            ranks=len({life.rank for life in lives}),
+            world_size=max((life.world_size for life in newest), default=0),
+            incarnations=max((life.incarnation for life in lives), default=0),
+            created_unix_ns=run.created_unix_ns,
+            last_seen_unix_ns=last_seen,
+            dropped_rows=dropped,
+            tags=_tags(run.tags_json),
+            outcome_message=next((life.outcome_message for life in newest if life.outcome_message), ""),
+        )
+
+    def _lives(self, connection: sa.Connection, run_id: int) -> list[Life]:
+        """The sources of a run that have rows, by incarnation and rank."""
+        source, stats = schema.source.c, schema.stats.c
+        ends = [
+            sa.select(end(stats.step)).where(stats.source_id == source.id).scalar_subquery()
+            for end in (sa.func.min, sa.func.max)
+        ]
+        query = sa.select(source.id, source.rank, source.incarnation, *ends).where(source.run_id == run_id)
+        rows = connection.execute(query.order_by(source.incarnation, source.rank)).all()
+        return [Life(*row) for row in rows if row[3] is not None]
+
+    def _scalar_lives(self, connection: sa.Connection, run_id: int) -> Iterator[tuple[str, Life]]:
+        """Each name that a source reported, with the steps it has there; names are found by seeks."""
+        source, scalar = schema.source.c, schema.scalar.c
+
+        def next_name(source_id: Any, *above: Any) -> Any:
+            query = sa.select(sa.func.min(scalar.name)).where(scalar.source_id == source_id, *above)
+            return query.scalar_subquery()
+
+        first = sa.select(source.id.label("source_id"), next_name(source.id).label("name"))
+        names = first.where(source.run_id == run_id).cte("names", recursive=True)
+        following = next_name(names.c.source_id, scalar.name > names.c.name)
+        names = names.union_all(sa.select(names.c.source_id, following).where(names.c.name.is_not(None)))
+        here = sa.and_(scalar.source_id == names.c.source_id, scalar.name == names.c.name)
+        ends = [sa.select(end(scalar.step)).where(here).scalar_subquery() for end in (sa.func.min, sa.func.max)]
+        query = (
+            sa.select(names.c.name, source.id, source.rank, source.incarnation, *ends)
+            .join_from(names, schema.source, source.id == names.c.source_id)
+            .where(names.c.name.is_not(None))
+        )
+        for name, *life in connection.execute(query).all():
+            yield name, Life(*life)
+
+    def _numbers(self, connection: sa.Connection, run_id: int, roles: Sequence[Role]) -> Ints:
+        """The numbers of the slots with these roles, ascending: model order."""
+        slot = schema.slot.c
+        query = sa.select(slot.slot).where(slot.run_id == run_id, slot.role.in_([*roles])).order_by(slot.slot)
+        return np.array(connection.execute(query).scalars().all(), dtype=np.int64)
+
+    def _formats(self, connection: sa.Connection, run_id: int) -> Formats:
+        recipe, source = schema.slot_recipe.c, schema.source.c
+        known: dict[int, dict[int, str]] = {}
+        for incarnation, slot, name in connection.execute(
+            sa.select(recipe.incarnation, recipe.slot, recipe.format).where(recipe.run_id == run_id)
+        ):
+            known.setdefault(incarnation, {})[slot] = name
+        lives = connection.execute(sa.select(source.incarnation).where(source.run_id == run_id).distinct()).scalars()
+        maps: list[dict[int, str]] = []
+        epochs: dict[int, int] = {}
+        for incarnation in lives:
+            formats = known.get(incarnation, {})
+            if formats not in maps:
+                maps.append(formats)
+            epochs[incarnation] = maps.index(formats)
+        return Formats(epochs, [{s: FORMATS[f].max for s, f in m.items() if f in FORMATS} for m in maps])
+
+    def _stride(self, connection: sa.Connection, life: Life) -> int:
+        """The usual distance between the recorded steps of a life: the median of its last sixteen."""
+        tail = Span(life.source_id, life.incarnation, life.first_step, life.last_step)
+        descending = sa.select(sa.func.max(schema.stats.c.step)).where(
+            schema.stats.c.source_id == tail.source_id, schema.stats.c.step < sa.bindparam("below")
+        )
+        steps = [tail.last_step]
+        while len(steps) <= 16:
+            step = connection.execute(descending, {"below": steps[-1]}).scalar()
+            if step is None:
+                break
+            steps.append(step)
+        return int(np.median(-np.diff(steps))) if len(steps) > 1 else 1
+
+
+_ROW_KEY = ("incarnation", "rank", "layer", "role", "step")
+
+
+def column_width(first_step: int, last_step: int, max_columns: int, stride: int) -> int:
+    """The smallest power of two of steps, not below `stride`, that needs at most `max_columns` columns."""
+    width = 1
+    while width < stride or last_step // width - first_step // width + 1 > max_columns:
+        width *= 2
+    return width
+
+
+def _owned(span: sa.CTE) -> sa.ColumnElement[bool]:
+    stats = schema.stats.c
+    return sa.and_(stats.source_id == span.c.source_id, stats.step.between(span.c.first_step, span.c.last_step))
+
+
+def _of_roles(run_id: int, roles: Sequence[Role]) -> sa.ColumnElement[bool]:
+    if set(roles) == set(Role):
+        return sa.true()
+    slot = schema.slot.c
+    return schema.stats.c.slot.in_(sa.select(slot.slot).where(slot.run_id == run_id, slot.role.in_([*roles])))
+
+
+def _extent(spans: Sequence[Span]) -> tuple[int, int]:
+    return min(span.first_step for span in spans), max(span.last_step for span in spans)
+
+
+def _columns(rows: Sequence[Any], count: int) -> list[Floats]:
+    """Rows as float64 columns, null as NaN."""
+    columns = zip(*rows, strict=True) if rows else [()] * count
+    return [np.array(column, dtype=np.float64) for column in columns]
+
+
+def _scatter(shape: tuple[int, int], y: Ints, x: Ints, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """Values put into their cells, NaN elsewhere; where epochs share a cell, the extremes of both."""
+    lows, highs = np.full(shape, np.nan), np.full(shape, np.nan)
+    np.fmin.at(lows, (y, x), low)
+    np.fmax.at(highs, (y, x), high)
+    return lows, highs
+
+
+def _tags(tags_json: str) -> tuple[str, ...]:
+    """The tags of a run; a damaged list costs the tags, not the list of runs."""
+    try:
+        tags = json.loads(tags_json)
+    except ValueError:
+        return ()
+    return tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()

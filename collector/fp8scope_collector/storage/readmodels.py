@@ -1,0 +1,134 @@
+"""What the reader answers: frozen values with numpy arrays, one class for each question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fp8core.records import Role
+from fp8scope_collector.storage.quantities import Floats, Ints, Quantity
+
+State = Literal["running", "stale", "finished", "failed"]
+
+
+class RunNotFound(LookupError):  # noqa: N818 - reads as what happened
+    """No run, or more than one, has that name; the text says which there are."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One training run. `ref` names it on the command line and in links: project/name, or name without a project."""
+
+    id: int
+    project: str
+    name: str
+    state: State
+    first_step: int | None
+    last_step: int | None
+    rows: int
+    ranks: int
+    world_size: int
+    incarnations: int
+    created_unix_ns: int
+    last_seen_unix_ns: int
+    dropped_rows: int
+    tags: tuple[str, ...]
+    outcome_message: str
+
+    @property
+    def ref(self) -> str:
+        """The run's name with its project."""
+        return f"{self.project}/{self.name}" if self.project else self.name
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One (layer, role) of a run, as the newest incarnation quantised it; `format` is "" where that is not known."""
+
+    slot: int
+    layer: str
+    role: Role
+    module_class: str
+    in_features: int
+    out_features: int
+    format: str
+    recipe: str
+    margin: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: the live cursor.
+
+    Columns up to `settled_step` do not change any more: every rank that still sends has passed it. `lives` changes
+    when a rank starts anew, which may rewrite steps: read everything again. `stride` is the usual distance of steps.
+    """
+
+    first_step: int
+    last_step: int
+    settled_step: int
+    stride: int
+    lives: int
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One quantity of slots over columns of steps; column c holds the steps from (first_column + c) * width on.
+
+    `low` and `high` are the extremes over the ranks and the steps of a column, float64 [slots, columns].
+    """
+
+    quantity: Quantity
+    width: int
+    first_column: int
+    slots: Ints
+    low: Floats
+    high: Floats
+
+    @property
+    def steps(self) -> Ints:
+        """The first step of each column."""
+        return (np.arange(self.low.shape[1]) + self.first_column) * self.width
+
+
+@dataclass(frozen=True)
+class Worst:
+    """One tensor of a ranking: its most extreme value within the last steps and the last step that had it recorded."""
+
+    slot: int
+    layer: str
+    role: Role
+    value: float
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Series:
+    """Fields of one slot over steps; entry i stands for the recorded steps from step[i] to last[i], `count[i]` of them.
+
+    `low` and `high` have the smallest and largest value among those steps, each step's ranks merged beforehand.
+    """
+
+    step: Ints
+    last: Ints
+    count: Ints
+    low: dict[str, Floats]
+    high: dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One named number of the training loop over steps, as the lowest rank that reports it sent it; see `Series`.
+
+    `missing` counts the steps whose value was NaN.
+    """
+
+    name: str
+    step: Ints
+    last: Ints
+    count: Ints
+    low: Floats
+    high: Floats
+    missing: Ints
