@@ -39,6 +39,7 @@ from fp8scope_collector.storage.quantities import (
     Formats,
     Ints,
     Quantity,
+    check_fields,
     in_unit,
     merged_over_ranks,
     quantity_columns,
@@ -273,6 +274,7 @@ class Reader:
         Raises:
             ValueError: a field is unknown.
         """
+        check_fields(fields)
         with self._engine.connect() as connection:
             lives = self._lives(connection, run_id)
             spans = owned_spans(lives, first_step, last_step)
@@ -285,10 +287,8 @@ class Reader:
             formats = self._formats(connection, run_id)
             walk = steps_of(schema.stats, history(spans, formats.epochs))
             stats = schema.stats.c
-            largest = [
-                (walk.c.epoch == epoch, known[slot]) for epoch, known in enumerate(formats.largest) if slot in known
-            ]
-            limit = sa.case(*largest) if largest else sa.null()
+            known = [(walk.c.epoch == epoch, limits.get(slot)) for epoch, limits in enumerate(formats.largest)]
+            limit = sa.cast(sa.case(*known), sa.Double)
             merged = {field: merged_over_ranks(field, limit) for field in fields}
             here = sa.and_(stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot == slot)
             inner = [column.label(f"{end}_{field}") for field in fields for end, column in merged[field].items()]

@@ -1,0 +1,460 @@
+"""The reader against a reference in plain Python over every row: random runs with gaps, ranks and resumed lives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from fp8core.formats import FORMATS
+from fp8core.records import FIELDS, Role
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.engine import StorageError, migrate, open_engine
+from fp8scope_collector.storage.history import int_div
+from fp8scope_collector.storage.reader import QUANTITIES, HeatMap, Quantity, Reader, RunNotFound
+
+SECOND = 10**9
+NOW = 1_800_000_000 * SECOND
+LAYERS = ("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1")
+RATIOS = ("overflow", "underflow", "nonfinite")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    sqlite = request.param == "sqlite"
+    engine = open_engine(f"sqlite:///{tmp_path / 'runs.db'}" if sqlite else request.getfixturevalue("postgres_url"))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def reader(engine: sa.Engine) -> Iterator[Reader]:
+    reader = Reader(engine.url.render_as_string(hide_password=False), clock=lambda: NOW)
+    yield reader
+    reader.close()
+
+
+@dataclass
+class Recorded:
+    """A run in the database and, for the reference, every row that was written: (rank, incarnation, step, slot)."""
+
+    run_id: int
+    formats: dict[tuple[int, int], str] = field(default_factory=dict)
+    rows: dict[tuple[int, int, int, int], dict[str, float | None]] = field(default_factory=dict)
+
+    def history(self, first_step: int = 0, last_step: int = 2**62) -> dict[tuple[int, int, int], list[Any]]:
+        """(step, slot, rank) -> [row, largest value of its format], by the definition: newer lives own their range."""
+        ends: dict[tuple[int, int], list[int]] = {}
+        for rank, incarnation, step, _ in self.rows:
+            ends.setdefault((rank, incarnation), []).append(step)
+        found = {}
+        for (rank, incarnation, step, slot), row in self.rows.items():
+            newer = [steps for (r, i), steps in ends.items() if r == rank and i > incarnation]
+            if first_step <= step <= last_step and not any(min(steps) <= step <= max(steps) for steps in newer):
+                found[step, slot, rank] = [row, FORMATS[self.formats[incarnation, slot]].max]
+        return found
+
+
+def record(engine: sa.Engine, seed: int, *, name: str = "gpt", every: int = 1) -> Recorded:
+    """A random run of 1 to 3 ranks and 1 to 3 incarnations that resume anywhere, with gaps and null fields."""
+    rng = random.Random(seed)
+    slots = [(layer, role) for layer in LAYERS for role in Role]
+    with engine.begin() as connection:
+        run_id = insert_run(connection, name)
+        recorded = Recorded(run_id)
+        for number, (layer, role) in enumerate(slots):
+            connection.execute(
+                schema.slot.insert().values(
+                    run_id=run_id,
+                    slot=number,
+                    layer=layer,
+                    role=role,
+                    module_class="Fp8Linear",
+                    in_features=64,
+                    out_features=64,
+                )
+            )
+        start, stop = 0, rng.randrange(20, 90)
+        incarnations = rng.choice([1, 2, 3])
+        for incarnation in range(1, incarnations + 1):
+            for number in range(len(slots)):
+                form = rng.choice(["E4M3FN", "E5M2"])
+                recorded.formats[incarnation, number] = form
+                connection.execute(
+                    schema.slot_recipe.insert().values(
+                        run_id=run_id,
+                        incarnation=incarnation,
+                        slot=number,
+                        format=form,
+                        recipe="AmaxScaling()",
+                        margin=incarnation,
+                    )
+                )
+            for rank in range(rng.choice([1, 3])):
+                source_id = insert_source(connection, run_id, rank, incarnation)
+                rows = []
+                for step in range(start, stop, every):
+                    for number in range(len(slots)):
+                        if rng.random() < 0.15:
+                            continue
+                        row = random_row(rng)
+                        recorded.rows[rank, incarnation, step, number] = row
+                        rows.append({"source_id": source_id, "step": step, "slot": number, **row})
+                connection.execute(schema.stats.insert(), rows)
+            start = rng.randrange(0, stop)
+            stop = start + rng.randrange(5, 60)
+    return recorded
+
+
+def random_row(rng: random.Random) -> dict[str, float | None]:
+    numel = rng.choice([256, 4096])
+    scale = 2.0 ** rng.randrange(-6, 20)
+    values: dict[str, float | None] = {
+        "amax": float(np.float32(rng.choice([0.0, 10 ** rng.uniform(-6, 3)]))),
+        "scale_min": scale,
+        "scale_max": scale * rng.choice([1, 2]),
+        "numel": numel,
+        "zeros": rng.randrange(9),
+        "overflow": rng.choice([0, 0, rng.randrange(numel)]),
+        "underflow": rng.randrange(numel),
+        "subnormal": rng.randrange(numel),
+        "nonfinite": rng.choice([0, 0, 1]),
+        "sum_sq": rng.random() + 1e-9,
+        "err_sq": rng.random() * 1e-3,
+    }
+    return {name: None if rng.random() < 0.05 else value for name, value in values.items()}
+
+
+def insert_run(connection: sa.Connection, name: str, **columns: Any) -> int:
+    values = {"project": "", "name": name, "created_unix_ns": NOW - 3600 * SECOND} | columns
+    return int(connection.execute(schema.run.insert().values(**values)).inserted_primary_key[0])
+
+
+def insert_source(connection: sa.Connection, run_id: int, rank: int = 0, incarnation: int = 1, **columns: Any) -> int:
+    values = {
+        "run_id": run_id,
+        "rank": rank,
+        "incarnation": incarnation,
+        "world_size": 3,
+        "clock_skew_ns": 0,
+        "source_uuid": f"{run_id}-{rank}-{incarnation}",
+        "agent_version": "0.1.0",
+        "environment_json": "{}",
+        "started_unix_ns": NOW,
+        "first_seen_unix_ns": NOW,
+        "last_seen_unix_ns": NOW - 5 * SECOND,
+    } | columns
+    return int(connection.execute(schema.source.insert().values(**values)).inserted_primary_key[0])
+
+
+def quantity_of(row: dict[str, Any], largest: float, quantity: str) -> tuple[float, float]:
+    """(low, high) of one row of one rank, NaN where it has none."""
+    nan = (math.nan, math.nan)
+    if quantity == "scale_exp2":
+        return tuple(math.log2(row[n]) if row[n] else math.nan for n in ("scale_min", "scale_max"))  # type: ignore[return-value]
+    if quantity == "amax":
+        return (row["amax"], row["amax"]) if row["amax"] is not None else nan
+    if quantity == "headroom":
+        scaled = (row["amax"] or 0) * (row["scale_max"] or 0)
+        return (math.log2(largest / scaled),) * 2 if scaled else nan
+    if row[quantity] is None or row["numel"] is None:
+        return nan
+    return (row[quantity] / row["numel"],) * 2
+
+
+def reference_heatmap(run: Recorded, quantity: Quantity, got: HeatMap, first: int, last: int) -> np.ndarray[Any, Any]:
+    expected = np.full((2, *got.low.shape), np.nan)
+    for (step, slot, _), (row, largest) in run.history(first, last).items():
+        if slot in got.slots:
+            cell = (got.slots.tolist().index(slot), step // got.width - got.first_column)
+            low, high = quantity_of(row, largest, quantity)
+            expected[0][cell] = np.fmin(expected[0][cell], low)
+            expected[1][cell] = np.fmax(expected[1][cell], high)
+    return expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_heat_map_equals_the_reference(engine: sa.Engine, reader: Reader, seed: int) -> None:
+    record(engine, seed + 100, name="another")
+    run = record(engine, seed)
+    last = max(step for _, _, step, _ in run.rows)
+
+    for quantity, (first, end), columns in itertools.product(QUANTITIES, [(0, last), (7, last - 4)], [500, 11]):
+        got = reader.heatmap(run.run_id, quantity, first_step=first, last_step=end, max_columns=columns)
+
+        assert got.low.shape[1] <= columns
+        expected = reference_heatmap(run, quantity, got, first, end)
+        np.testing.assert_allclose([got.low, got.high], expected, rtol=1e-12, err_msg=f"{quantity} {first}-{end}")
+
+
+@pytest.mark.parametrize("role", Role)
+def test_heat_map_of_one_role_has_its_layers_in_model_order(engine: sa.Engine, reader: Reader, role: Role) -> None:
+    run = record(engine, 5)
+
+    got = reader.heatmap(run.run_id, "amax", roles=[role])
+
+    slots = {slot.slot: slot for slot in reader.slots(run.run_id)}
+    assert [(slots[n].layer, slots[n].role) for n in got.slots.tolist()] == [(layer, role) for layer in LAYERS]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_series_equals_the_reference_and_keeps_extremes(engine: sa.Engine, reader: Reader, seed: int) -> None:
+    run = record(engine, seed + 20)
+    fields = [field.name for field in FIELDS] + ["scale_exp2", "headroom", "overflow_ratio", "sqnr_db"]
+
+    for slot, points in itertools.product([0, 4], [10_000, 9]):
+        got = reader.series(run.run_id, slot, fields, max_points=points)
+
+        merged = {s: merge(rows, fields) for s, rows in by_step(run, slot).items()}
+        assert got.count.sum() == len(merged)
+        assert len(got.step) <= points
+        for i, (start, end) in enumerate(zip(got.step.tolist(), got.last.tolist(), strict=True)):
+            inside = [values for step, values in merged.items() if start <= step <= end]
+            for name in fields:
+                low, high = ([pair[side] for pair in (v[name] for v in inside)] for side in (0, 1))
+                expected = (nan_extreme(np.fmin, low), nan_extreme(np.fmax, high))
+                np.testing.assert_allclose(
+                    (got.low[name][i], got.high[name][i]), expected, rtol=1e-9, err_msg=f"{name} at {start}-{end}"
+                )
+
+
+def by_step(run: Recorded, slot: int) -> dict[int, list[Any]]:
+    steps: dict[int, list[Any]] = {}
+    for (step, number, _), pair in run.history().items():
+        if number == slot:
+            steps.setdefault(step, []).append(pair)
+    return steps
+
+
+def merge(rows: list[Any], fields: list[str]) -> dict[str, tuple[float, float]]:
+    """The ranks of one step as one, by the merge rule of each field."""
+    rules = {"max": max, "min": min, "sum": sum}
+    merged: dict[str, tuple[float, float]] = {}
+    for name in fields:
+        rule = next((field.merge for field in FIELDS if field.name == name), None)
+        if rule is not None:
+            values = [row[name] for row, _ in rows if row[name] is not None]
+            merged[name] = (rules[rule](values),) * 2 if values else (math.nan, math.nan)
+        elif name == "sqnr_db":
+            signal, noise = ([row[n] for row, _ in rows if row[n] is not None] for n in ("sum_sq", "err_sq"))
+            known = signal and noise
+            merged[name] = (10 * math.log10(sum(signal) / sum(noise)),) * 2 if known else (math.nan, math.nan)
+        else:
+            pairs = [quantity_of(row, largest, name.removesuffix("_ratio")) for row, largest in rows]
+            low, high = nan_extreme(np.fmin, [p[0] for p in pairs]), nan_extreme(np.fmax, [p[1] for p in pairs])
+            merged[name] = {"headroom": (low, low), "overflow_ratio": (high, high)}.get(name, (low, high))
+    return merged
+
+
+def nan_extreme(extreme: np.ufunc, values: list[float]) -> float:
+    return float(extreme.reduce(np.array([math.nan, *values])))
+
+
+@pytest.mark.parametrize("by", QUANTITIES)
+def test_top_ranks_as_the_reference(engine: sa.Engine, reader: Reader, by: Quantity) -> None:
+    run = record(engine, 3)
+    last = max(step for _, _, step, _ in run.rows)
+
+    got = reader.top(run.run_id, last_steps=12, limit=5, by=by)
+
+    values: dict[int, list[tuple[float, float]]] = {}
+    for (_, slot, _), (row, largest) in run.history(last - 11, last).items():
+        values.setdefault(slot, []).append(quantity_of(row, largest, by))
+    value = {}
+    for slot, pairs in values.items():
+        low, high = nan_extreme(np.fmin, [p[0] for p in pairs]), nan_extreme(np.fmax, [p[1] for p in pairs])
+        value[slot] = {"headroom": low, "scale_exp2": high - low}.get(by, high)
+    expected = sorted((v for v in value.values() if by == "headroom" or v > 0), reverse=by != "headroom")[:5]
+    np.testing.assert_allclose([worst.value for worst in got], expected)
+    np.testing.assert_allclose([value[worst.slot] for worst in got], expected)
+
+
+def test_a_live_view_gets_the_same_columns_from_ticks_as_from_one_query(engine: sa.Engine, reader: Reader) -> None:
+    run = record(engine, 8)
+    whole = reader.heatmap(run.run_id, "underflow", max_columns=16)
+    middle = int(whole.steps[len(whole.steps) // 2])
+
+    tick = reader.heatmap(run.run_id, "underflow", first_step=middle, width=whole.width)
+
+    assert tick.width == whole.width
+    offset = tick.first_column - whole.first_column
+    np.testing.assert_array_equal(tick.high, whole.high[:, offset:])
+
+
+def test_columns_are_not_narrower_than_the_distance_of_recorded_steps(engine: sa.Engine, reader: Reader) -> None:
+    run = record(engine, 30, every=10)
+
+    got = reader.heatmap(run.run_id, "amax")
+
+    assert got.width == 16
+    assert reader.progress(run.run_id).stride == 10  # type: ignore[union-attr]
+
+
+def test_cursor_settles_behind_the_slowest_rank_that_still_sends(engine: sa.Engine, reader: Reader) -> None:
+    with engine.begin() as connection:
+        run_id = insert_run(connection, "gpt")
+        row = {"slot": 0, **random_row(random.Random(0))}
+        for rank, steps, seen in [(0, 30, 1), (1, 20, 2), (2, 10, 500)]:
+            source = insert_source(connection, run_id, rank, last_seen_unix_ns=NOW - seen * SECOND)
+            connection.execute(schema.stats.insert(), [{"source_id": source, "step": s, **row} for s in range(steps)])
+
+    progress = reader.progress(run_id)
+
+    assert progress is not None
+    assert (progress.first_step, progress.last_step, progress.settled_step, progress.lives) == (0, 29, 19, 3)
+
+
+def test_scalars_come_from_the_lowest_rank_and_count_nan(engine: sa.Engine, reader: Reader) -> None:
+    with engine.begin() as connection:
+        run_id = insert_run(connection, "gpt")
+        first, second = (insert_source(connection, run_id, rank) for rank in (0, 1))
+        values = [*((first, "loss", s, None if s == 5 else 10.0 - s) for s in range(9)), (second, "loss", 3, 99.0)]
+        values += [(second, "a.only", s, float(s)) for s in (0, 4, 100)]
+        columns = ("source_id", "name", "step", "value")
+        connection.execute(schema.scalar.insert(), [dict(zip(columns, v, strict=True)) for v in values])
+
+    only, loss = reader.scalars(run_id)
+    (coarse,) = reader.scalars(run_id, ["loss"], max_points=3)
+    (part,) = reader.scalars(run_id, ["loss"], first_step=2, last_step=3)
+
+    assert (only.name, only.step.tolist(), only.low.tolist()) == ("a.only", [0, 4, 100], [0.0, 4.0, 100.0])
+    np.testing.assert_array_equal(loss.low, [10, 9, 8, 7, 6, np.nan, 4, 3, 2])
+    assert loss.missing.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert (coarse.low.tolist(), coarse.high.tolist()) == ([7.0, 3.0, 2.0], [10.0, 6.0, 2.0])
+    assert part.low.tolist() == [8.0, 7.0]
+
+
+def test_scalars_of_a_resumed_run_are_the_newest_life(engine: sa.Engine, reader: Reader) -> None:
+    with engine.begin() as connection:
+        run_id = insert_run(connection, "gpt")
+        for incarnation, steps, value in [(1, range(10), 1.0), (2, range(4, 7), 2.0)]:
+            source = insert_source(connection, run_id, 0, incarnation)
+            rows = [{"source_id": source, "name": "loss", "step": s, "value": value} for s in steps]
+            connection.execute(schema.scalar.insert(), rows)
+
+    (loss,) = reader.scalars(run_id)
+
+    assert loss.low.tolist() == [1, 1, 1, 1, 2, 2, 2, 1, 1, 1]
+
+
+def test_rows_has_every_row_of_every_life_in_bounded_batches(engine: sa.Engine, reader: Reader) -> None:
+    run = record(engine, 12)
+    record(engine, 13, name="another")
+
+    batches = list(reader.rows(run.run_id, batch_rows=100))
+
+    assert max(batch.num_rows for batch in batches) <= 100
+    assert batches[0].schema.names[:6] == ["run", "incarnation", "rank", "layer", "role", "step"]
+    slots = {(slot.layer, slot.role.value): slot.slot for slot in reader.slots(run.run_id)}
+    got = {
+        (row["rank"], row["incarnation"], row["step"], slots[row["layer"], row["role"]]): row
+        for batch in batches
+        for row in batch.to_pylist()
+    }
+    assert got.keys() == run.rows.keys()
+    for key, row in run.rows.items():
+        assert {name: got[key][name] for name in row} == row
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "seen_s_ago", "state"),
+    [
+        ([None, None], 5, "running"),
+        ([None, None], 61, "stale"),
+        (["finished", None], 5, "running"),
+        (["finished", "finished"], 500, "finished"),
+        (["finished", "failed"], 500, "failed"),
+    ],
+)
+def test_state_follows_the_newest_incarnation(
+    engine: sa.Engine, reader: Reader, outcomes: list[str | None], seen_s_ago: int, state: str
+) -> None:
+    with engine.begin() as connection:
+        run_id = insert_run(connection, "gpt", project="llm", tags_json='["a", "b"]')
+        old = insert_source(connection, run_id, 0, 1, outcome="failed", last_seen_unix_ns=NOW - 1000 * SECOND, rows=5)
+        connection.execute(schema.drop.insert().values(source_id=old, reason="spool_full", rows=7))
+        for rank, outcome in enumerate(outcomes):
+            seen = NOW - seen_s_ago * SECOND
+            insert_source(connection, run_id, rank, 2, outcome=outcome, last_seen_unix_ns=seen, last_step=9, rows=1)
+
+    run = reader.run("llm/gpt")
+
+    assert run.state == state
+    assert (run.ref, run.ranks, run.incarnations, run.rows, run.dropped_rows) == ("llm/gpt", 2, 2, 7, 7)
+    assert (run.first_step, run.last_step, run.tags) == (None, 9, ("a", "b"))
+
+
+def test_a_broken_run_does_not_break_the_list(engine: sa.Engine, reader: Reader) -> None:
+    with engine.begin() as connection:
+        broken = insert_run(connection, "broken", tags_json="{not json")
+        insert_run(connection, "good", created_unix_ns=NOW)
+
+    assert [run.name for run in reader.runs()] == ["good", "broken"]
+    assert reader.slots(broken) == []
+    assert reader.progress(broken) is None
+    assert reader.heatmap(broken, "amax").low.shape == (0, 0)
+    assert reader.top(broken) == []
+    assert reader.series(broken, 0, ["amax"]).step.size == 0
+    assert reader.scalars(broken) == []
+    assert list(reader.rows(broken)) == []
+
+
+def test_unknown_and_ambiguous_names_say_which_there_are(engine: sa.Engine, reader: Reader) -> None:
+    with pytest.raises(RunNotFound, match="run 'gpt' is unknown; the database has no runs"):
+        reader.run("gpt")
+    with engine.begin() as connection:
+        for project in ("a", "b"):
+            insert_run(connection, "gpt", project=project)
+
+    with pytest.raises(RunNotFound, match=r"run 'x' is unknown; there are: a/gpt, b/gpt"):
+        reader.run("x")
+    with pytest.raises(RunNotFound, match=r"run 'gpt' is in 2 projects; say 'a/gpt' or 'b/gpt'"):
+        reader.run("gpt")
+    with pytest.raises(ValueError, match="quantity 'bias' is unknown; choose one of scale_exp2"):
+        reader.heatmap(1, "bias")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="field 'bias' is unknown; choose one of amax"):
+        reader.series(1, 0, ["bias"])
+
+
+def test_missing_database_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        Reader(f"sqlite:///{tmp_path / 'none.db'}")
+
+
+def test_window_of_one_slot_is_read_by_seeks(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_engine(url)
+    migrate(engine)
+    run = record(engine, 1)
+    reader = Reader(url)
+    plans: list[str] = []
+
+    @sa.event.listens_for(reader._engine, "before_cursor_execute")
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "stats" in statement and "EXPLAIN" not in statement:
+            cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plans.extend(row[3] for row in cursor.fetchall())
+
+    reader.series(run.run_id, 3, ["amax", "headroom"])
+
+    assert not [plan for plan in plans if plan.startswith("SCAN stats")]
+    assert "SEARCH stats USING PRIMARY KEY (source_id=? AND step=? AND slot=?)" in plans
+    reader.close()
+    engine.dispose()
+
+
+def test_integer_division_is_refused_for_an_unknown_database() -> None:
+    class Unknown(sa.engine.default.DefaultDialect):
+        name = "other"
+
+    with pytest.raises(sa.exc.CompileError, match="int_div does not know how other divides"):
+        int_div(schema.stats.c.step, 4).compile(dialect=Unknown())
