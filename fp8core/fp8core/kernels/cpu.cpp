@@ -1,0 +1,522 @@
+// FP8 casts with statistics on a CPU: the whole of fp8core's hot path where there is no GPU.
+//
+// cpu.py compiles this file with the system's compiler on first use and calls it through ctypes: no torch headers, no
+// ABI to match, one library for every shape. The compiler writes the vector instructions: the code below is in GCC's
+// portable vector types, which become AVX-512, AVX2 or NEON, whatever -march=native says.
+//
+// A tensor goes through in blocks of BLOCK elements that stay in the L1 cache, three passes each, every pass in
+// the narrowest lanes that hold what it counts:
+//
+//   scan    over x in its own width (16 bits for bf16): amax, zeros, nonfinite
+//   encode  in 32 bits: multiply, clamp, round, pack; overflow, sums of squares
+//   tally   over the codes in 8 bits: underflow, subnormal
+//
+// Rounding is done by adding and subtracting a power of two whose last place is the FP8 format's at that magnitude:
+// exact round-half-even in every format, subnormals included, as long as the compiler does not contract the
+// arithmetic (-ffp-contract=off) and the processor rounds to nearest (DefaultFloatMode sees to it).
+//
+// Words: y = fl32(x * scale) is the scaled value, q the FP8 value, a a magnitude (sign bit clear).
+
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+
+namespace {
+
+constexpr int BLOCK = 2048;        // elements of a block; at most 255 * 64: `tally` counts in 8 bits
+constexpr int PAD = 64;            // blocks are padded with zeros to a multiple of this
+constexpr int CHUNK_BLOCKS = 16;   // blocks of the smallest piece of work that a thread takes
+constexpr int MAX_CHUNKS = 256;    // partial results live on the stack
+
+// A register: GCC takes wider vectors than the processor has apart, element by element.
+#if defined(__AVX512BW__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+constexpr int LANES = VECTOR_BYTES / 4;
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
+typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t HalfRegister __attribute__((vector_size(VECTOR_BYTES / 2)));     // LANES uint16
+typedef uint8_t QuarterRegister __attribute__((vector_size(VECTOR_BYTES / 4)));  // LANES uint8
+
+template <class To, class From> inline To load(const From* from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+
+template <class To, class From> inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    return load<To>(&from);
+}
+
+template <class V> inline V select(V mask, V yes, V no) { return (mask & yes) | (~mask & no); }
+
+// Between bytes and ints by way of shorts: GCC 12 does it element by element otherwise.
+inline QuarterRegister narrow(Ints lanes) {
+    return __builtin_convertvector(__builtin_convertvector(lanes, HalfRegister), QuarterRegister);
+}
+inline Ints widen(QuarterRegister lanes) {
+    return __builtin_convertvector(__builtin_convertvector(lanes, HalfRegister), Ints);
+}
+
+template <class V> inline int64_t total(V lanes) {
+    int64_t sum = 0;
+    for (unsigned i = 0; i < sizeof(V) / sizeof(lanes[0]); ++i) sum += lanes[i];
+    return sum;
+}
+
+// A format as `encode` and `tally` need it; made by cpu.py from fp8core.formats, field for field.
+struct Target {
+    int32_t mantissa_bits;
+    int32_t smallest_normal;  // float32 bits
+    int32_t max;              // float32 bits
+    int32_t overflow_above;   // float32 bits: a magnitude beyond them was clipped
+    int32_t fnuz;             // no negative zero; its code 0x80 is the NaN
+};
+
+// ------------------------------------------------------------------------------------------- the three input types
+//
+// `Words` are 64 bytes of x as signed lanes (a magnitude is never negative in them), LAST_FINITE the largest finite
+// magnitude. Widening is exact, subnormals included.
+
+struct BFloat16 {
+    typedef uint16_t Word;
+    typedef Shorts Words;
+    static constexpr int16_t MAGNITUDE = 0x7FFF, LAST_FINITE = 0x7F7F;
+
+    static Floats widen(const Word* x) {
+        return bit_cast<Floats>(__builtin_convertvector(load<HalfRegister>(x), Ints) << 16);
+    }
+};
+
+struct Half {
+    typedef uint16_t Word;
+    typedef Shorts Words;
+    static constexpr int16_t MAGNITUDE = 0x7FFF, LAST_FINITE = 0x7BFF;
+
+    static Floats widen(const Word* x) {
+        const Ints bits = __builtin_convertvector(load<HalfRegister>(x), Ints);
+        const Ints a = (bits & 0x7FFF) << 13;  // float16's fields at float32's place; the exponent is 112 too small
+        const Ints normal = a + (112 << 23);
+        const Ints special = a + (224 << 23);  // Inf and NaN: exponent 31 becomes 255
+        const Floats place = bit_cast<Floats>(Ints{} + (113 << 23));
+        const Ints subnormal = bit_cast<Ints>(bit_cast<Floats>(a + (113 << 23)) - place);  // exact
+        const Ints magnitude =
+            select(Ints(a < (1 << 23)), subnormal, select(Ints(a >= (31 << 23)), special, normal));
+        return bit_cast<Floats>(magnitude | ((bits & 0x8000) << 16));
+    }
+};
+
+struct Float32 {
+    typedef uint32_t Word;
+    typedef Ints Words;
+    static constexpr int32_t MAGNITUDE = 0x7FFFFFFF, LAST_FINITE = 0x7F7FFFFF;
+
+    static Floats widen(const Word* x) { return load<Floats>(x); }
+};
+
+template <class In> float to_float(typename In::Word bits) {
+    typename In::Word lanes[LANES] = {bits};
+    return In::widen(lanes)[0];
+}
+
+// ---------------------------------------------------------------------------------------------------- the passes
+//
+// Each takes a block whose `n` is a multiple of PAD.
+
+// What a block or a whole tensor adds up to; sums of squares in scaled units.
+struct Tally {
+    float amax = 0;
+    int64_t zeros = 0, nonfinite = 0, overflow = 0, flushed = 0, subnormal = 0;  // flushed: codes of value zero
+    double sum_sq = 0, err_sq = 0;
+
+    void add(const Tally& other) {
+        amax = std::fmax(amax, other.amax);
+        zeros += other.zeros;
+        nonfinite += other.nonfinite;
+        overflow += other.overflow;
+        flushed += other.flushed;
+        subnormal += other.subnormal;
+        sum_sq += other.sum_sq;
+        err_sq += other.err_sq;
+    }
+};
+
+template <class In> void scan(const typename In::Word* x, int n, Tally& tally) {
+    typedef typename In::Words Words;
+    constexpr int COUNT = sizeof(Words) / sizeof(typename In::Word);
+    Words largest{}, zeros{}, nonfinite{};
+    for (int i = 0; i < n; i += COUNT) {
+        const Words a = load<Words>(x + i) & In::MAGNITUDE;
+        const Words finite = a <= In::LAST_FINITE;
+        const Words finite_a = a & finite;
+        largest = finite_a > largest ? finite_a : largest;
+        zeros -= Words(a == 0);
+        nonfinite -= Words(~finite);
+    }
+    typename In::Word amax = 0;
+    for (int i = 0; i < COUNT; ++i)
+        if (typename In::Word(largest[i]) > amax) amax = typename In::Word(largest[i]);
+    tally.amax = to_float<In>(amax);
+    tally.zeros = total(zeros);
+    tally.nonfinite = total(nonfinite);
+}
+
+// NONFINITE: the block holds an Inf or NaN, which take no part in overflow and sums.
+template <class In, bool STATS, bool NONFINITE>
+void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target, Tally& tally) {
+    const int shift = 23 - target.mantissa_bits;
+    const Ints smallest_normal = Ints{} + target.smallest_normal;
+    const Ints max = Ints{} + target.max;
+    const Ints signed_zero = Ints{} - int32_t(!target.fnuz);  // all bits where the format has a -0
+    const Ints nan = Ints{} + (target.fnuz ? 0x80 : 0x7F);
+    Ints overflow{};
+    Floats sum_sq{}, err_sq{};
+    for (int i = 0; i < n; i += LANES) {
+        const Floats wide = In::widen(x + i);
+        const Floats y = wide * scale;
+        const Ints bits = bit_cast<Ints>(y);
+        const Ints a = bits & 0x7FFFFFFF;
+        const Ints clamped = a < max ? a : max;
+        const Ints exponent = clamped & 0x7F800000;
+        const Ints binade = exponent > smallest_normal ? exponent : smallest_normal;
+        const Floats place = bit_cast<Floats>(binade + (shift << 23));  // its last place is the format's in this binade
+        const Floats placed = bit_cast<Floats>(clamped) + place;
+        Ints code = (bit_cast<Ints>(placed) - bit_cast<Ints>(place)) + ((binade - smallest_normal) >> shift);
+        const Ints sign = (bits >> 24) & 0x80;
+        code |= sign & (signed_zero | Ints(code != 0));
+
+        Ints over = a > target.overflow_above;
+        Floats counted = y, error = bit_cast<Floats>(a) - (placed - place);
+        if (NONFINITE) {
+            const Ints wide_a = bit_cast<Ints>(wide) & 0x7FFFFFFF;
+            const Ints finite = wide_a < 0x7F800000;
+            code = select(Ints(wide_a > 0x7F800000), nan | (sign & signed_zero), code);
+            over &= finite;
+            counted = bit_cast<Floats>(bit_cast<Ints>(counted) & finite);
+            error = bit_cast<Floats>(bit_cast<Ints>(error) & finite);
+        }
+        const QuarterRegister packed = narrow(code);
+        std::memcpy(q + i, &packed, sizeof packed);
+        if (STATS) {
+            overflow -= over;
+            sum_sq += counted * counted;
+            err_sq += error * error;
+        }
+    }
+    if (STATS) {
+        tally.overflow = total(overflow);
+        for (int i = 0; i < LANES; ++i) {
+            tally.sum_sq += sum_sq[i];
+            tally.err_sq += err_sq[i];
+        }
+    }
+}
+
+void tally_codes(const uint8_t* q, int n, const Target& target, Tally& tally) {
+    const int8_t zero_bits = target.fnuz ? -1 : 0x7F;  // the bits that are clear in a zero
+    const int8_t first_normal = int8_t(1 << target.mantissa_bits);
+    Bytes flushed{}, subnormal{};
+    for (int i = 0; i < n; i += VECTOR_BYTES) {
+        const Bytes code = load<Bytes>(q + i);
+        const Bytes a = code & 0x7F;
+        flushed -= Bytes((code & zero_bits) == 0);
+        subnormal -= Bytes((a > 0) & (a < first_normal));
+    }
+    for (int i = 0; i < VECTOR_BYTES; ++i) {
+        tally.flushed += uint8_t(flushed[i]);
+        tally.subnormal += uint8_t(subnormal[i]);
+    }
+}
+
+float decode(uint8_t code, const Target& target) {
+    const int a = code & 0x7F, mantissa_bits = target.mantissa_bits;
+    const float smallest_normal = bit_cast<float>(target.smallest_normal);
+    const int exponent = a >> mantissa_bits, mantissa = a & ((1 << mantissa_bits) - 1);
+    const float step = smallest_normal / float(1 << mantissa_bits);
+    const float value =
+        exponent == 0 ? float(mantissa) * step : std::ldexp(float(mantissa + (1 << mantissa_bits)) * step, exponent - 1);
+    return code & 0x80 ? -value : value;
+}
+
+// The sums of `encode` again in float64, for blocks whose squares leave float32's range: a few times slower.
+template <class In>
+void sums_in_float64(const typename In::Word* x, const uint8_t* q, int n, float scale, const Target& target, Tally& tally) {
+    float value[256];
+    for (int code = 0; code < 256; ++code) value[code] = decode(uint8_t(code), target);
+    tally.sum_sq = tally.err_sq = 0;
+    for (int i = 0; i < n; i += LANES) {
+        const Floats wide = In::widen(x + i);
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (!std::isfinite(wide[lane])) continue;
+            const double y = double(wide[lane]) * double(scale), error = y - double(value[q[i + lane]]);
+            tally.sum_sq += y * y;
+            tally.err_sq += error * error;
+        }
+    }
+}
+
+template <class In, bool STATS>
+Tally cast_padded(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target) {
+    Tally tally;
+    scan<In>(x, n, tally);
+    if (tally.nonfinite)
+        encode<In, STATS, true>(x, q, n, scale, target, tally);
+    else
+        encode<In, STATS, false>(x, q, n, scale, target, tally);
+    if (STATS) {
+        tally_codes(q, n, target, tally);
+        // Within these limits a block's squares neither overflow a float32 nor lose what matters to its sum.
+        const float y_max = tally.amax * scale;
+        const bool in_range = y_max >= 0x1p-40f && y_max <= 0x1p50f;
+        if (tally.amax > 0 && !in_range) sums_in_float64<In>(x, q, n, scale, target, tally);
+    }
+    return tally;
+}
+
+template <class In, bool STATS>
+Tally cast_block(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target) {
+    if (n % PAD == 0) return cast_padded<In, STATS>(x, q, n, scale, target);
+    const int padded = (n + PAD - 1) / PAD * PAD;
+    typename In::Word x_padded[BLOCK] = {};
+    uint8_t q_padded[BLOCK];
+    std::memcpy(x_padded, x, size_t(n) * sizeof *x);
+    Tally tally = cast_padded<In, STATS>(x_padded, q_padded, padded, scale, target);
+    std::memcpy(q, q_padded, size_t(n));
+    tally.zeros -= padded - n;
+    tally.flushed -= padded - n;
+    return tally;
+}
+
+template <class In> Tally scan_block(const typename In::Word* x, int n) {
+    Tally tally;
+    if (n % PAD == 0) {
+        scan<In>(x, n, tally);
+    } else {
+        typename In::Word x_padded[BLOCK] = {};
+        std::memcpy(x_padded, x, size_t(n) * sizeof *x);
+        scan<In>(x_padded, (n + PAD - 1) / PAD * PAD, tally);
+    }
+    return tally;
+}
+
+// ------------------------------------------------------------------------------------------------------- threads
+
+// Round to nearest, subnormals kept, whatever the thread is set to (torch.set_flush_denormal). Each thread has its own.
+struct DefaultFloatMode {
+    std::fenv_t saved;
+    DefaultFloatMode() {
+        std::fegetenv(&saved);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloatMode() { std::fesetenv(&saved); }
+};
+
+typedef Tally (*Work)(const void* body, int64_t first, int count);
+
+Tally run_chunks(int64_t n, int threads, const void* body, Work work) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    int64_t chunk_blocks = (blocks + MAX_CHUNKS - 1) / MAX_CHUNKS;
+    if (chunk_blocks < CHUNK_BLOCKS) chunk_blocks = CHUNK_BLOCKS;
+    const int chunks = int((blocks + chunk_blocks - 1) / chunk_blocks);
+    Tally partial[MAX_CHUNKS];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && chunks > 1)
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const DefaultFloatMode mode;
+        const int64_t end = (chunk + 1) * chunk_blocks < blocks ? (chunk + 1) * chunk_blocks * BLOCK : n;
+        for (int64_t first = chunk * chunk_blocks * BLOCK; first < end; first += BLOCK)
+            partial[chunk].add(work(body, first, int(end - first < BLOCK ? end - first : BLOCK)));
+    }
+    Tally all;
+    for (int chunk = 0; chunk < chunks; ++chunk) all.add(partial[chunk]);
+    return all;
+}
+
+// Calls body(first, count) -> Tally for blocks of [0, n) and returns their total. Chunks and the order of the
+// addition do not depend on the number of threads, so neither do the sums.
+template <class Body> Tally over_blocks(int64_t n, int threads, const Body& body) {
+    return run_chunks(n, threads, &body, [](const void* self, int64_t first, int count) {
+        return (*static_cast<const Body*>(self))(first, count);
+    });
+}
+
+template <class In, bool STATS>
+Tally cast_all(const void* x, int64_t n, float scale, const Target& target, uint8_t* q, int threads) {
+    const auto* words = static_cast<const typename In::Word*>(x);
+    return over_blocks(n, threads, [&](int64_t first, int count) {
+        return cast_block<In, STATS>(words + first, q + first, count, scale, target);
+    });
+}
+
+template <class In>
+Tally cast_from(const void* x, int64_t n, float scale, const Target& target, uint8_t* q, bool stats, int threads) {
+    return stats ? cast_all<In, true>(x, n, scale, target, q, threads)
+                 : cast_all<In, false>(x, n, scale, target, q, threads);
+}
+
+template <class In> float amax_of(const void* x, int64_t n, int threads) {
+    const auto* words = static_cast<const typename In::Word*>(x);
+    return over_blocks(n, threads, [&](int64_t first, int count) { return scan_block<In>(words + first, count); }).amax;
+}
+
+// Eight tables, so that equal neighbours do not wait for each other's increment.
+template <class In> void count_exponents(const void* x, int64_t n, int64_t* counts, int threads) {
+    const auto* words = static_cast<const typename In::Word*>(x);
+    over_blocks(n, threads, [&](int64_t first, int count) {
+        uint16_t table[8][256] = {};
+        for (int i = 0; i < count; i += LANES) {
+            const int lanes = count - i < LANES ? count - i : LANES;
+            typename In::Word tail[LANES] = {};
+            if (lanes < LANES) std::memcpy(tail, words + first + i, size_t(lanes) * sizeof *words);
+            const Floats wide = In::widen(lanes < LANES ? tail : words + first + i);
+            const Ints exponent = (bit_cast<Ints>(wide) >> 23) & 0xFF;
+            for (int lane = 0; lane < lanes; ++lane) ++table[lane % 8][exponent[lane]];
+        }
+        for (int bin = 0; bin < 256; ++bin) {
+            int64_t sum = 0;
+            for (const auto& part : table) sum += part[bin];
+            if (sum) {
+#pragma omp atomic
+                counts[bin] += sum;
+            }
+        }
+        return Tally();
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------- dequantise
+
+template <class Out> inline void store(Out* out, Ints bits);
+template <> inline void store(uint32_t* out, Ints bits) { std::memcpy(out, &bits, sizeof bits); }
+template <> inline void store(uint16_t* out, Ints bits) {  // bf16: exact, an FP8 value has at most 4 significant bits
+    const HalfRegister high = __builtin_convertvector((bits >> 16) & 0xFFFF, HalfRegister);
+    std::memcpy(out, &high, sizeof high);
+}
+
+template <class Out> void decode_block(const uint8_t* q, Out* out, int n, const Target& target) {
+    const int shift = 23 - target.mantissa_bits;
+    const int32_t max_code = ((target.max - target.smallest_normal) >> shift) + (1 << target.mantissa_bits);
+    const int32_t rebias = target.smallest_normal - (1 << 23);
+    const Floats place = bit_cast<Floats>(Ints{} + target.smallest_normal);
+    for (int i = 0; i < n; i += LANES) {
+        const Ints code = widen(load<QuarterRegister>(q + i));
+        const Ints a = code & 0x7F;
+        const Ints normal = (a << shift) + rebias;
+        const Ints subnormal = bit_cast<Ints>(bit_cast<Floats>((a << shift) + target.smallest_normal) - place);
+        Ints bits = select(Ints(a < (1 << target.mantissa_bits)), subnormal, normal);
+        if (target.fnuz)
+            bits = select(Ints(code == 0x80), Ints{} + 0x7FC00000, bits | ((code & 0x80) << 24));
+        else
+            bits = select(Ints(a > max_code), (a << shift) | 0x7F800000, bits) | ((code & 0x80) << 24);
+        store(out + i, bits);
+    }
+}
+
+template <class Out> void decode_all(const uint8_t* q, int64_t n, const Target& target, Out* out, int threads) {
+    over_blocks(n, threads, [&](int64_t first, int count) {
+        const int whole = count / LANES * LANES, rest = count - whole;
+        decode_block(q + first, out + first, whole, target);
+        if (rest) {
+            uint8_t q_padded[LANES] = {};
+            Out out_padded[LANES];
+            std::memcpy(q_padded, q + first + whole, size_t(rest));
+            decode_block(q_padded, out_padded, LANES, target);
+            std::memcpy(out + first + whole, out_padded, size_t(rest) * sizeof *out);
+        }
+        return Tally();
+    });
+}
+
+// --------------------------------------------------------------------------------------------------- arena rows
+
+// A row of the arena: the words of fp8core.records.COLUMNS, in that order (cpu.py asserts it).
+struct Row {
+    int64_t writes;
+    double amax, scale_min, scale_max;
+    int64_t numel, zeros, overflow, underflow, subnormal, nonfinite;
+    double sum_sq, err_sq;
+};
+
+// Two backward threads may write to one arena. They merge one after the other: 0.1 us under a lock, once a tensor.
+void write_row(int64_t* words, const Tally& tally, float scale, int64_t numel, bool overwrite) {
+    static std::mutex one_writer;
+    const double inv_scale = 1.0 / double(scale);
+    const Row fresh = {1, tally.amax, scale, scale, numel, tally.zeros, tally.overflow, tally.flushed - tally.zeros,
+                       tally.subnormal, tally.nonfinite, tally.sum_sq * inv_scale * inv_scale,
+                       tally.err_sq * inv_scale * inv_scale};
+    const std::lock_guard<std::mutex> lock(one_writer);
+    Row row;
+    std::memcpy(&row, words, sizeof row);
+    if (overwrite) {
+        row = fresh;
+    } else {
+        row.writes += fresh.writes;
+        row.amax = std::fmax(row.amax, fresh.amax);
+        row.scale_min = std::fmin(row.scale_min, fresh.scale_min);
+        row.scale_max = std::fmax(row.scale_max, fresh.scale_max);
+        row.numel += fresh.numel;
+        row.zeros += fresh.zeros;
+        row.overflow += fresh.overflow;
+        row.underflow += fresh.underflow;
+        row.subnormal += fresh.subnormal;
+        row.nonfinite += fresh.nonfinite;
+        row.sum_sq += fresh.sum_sq;
+        row.err_sq += fresh.err_sq;
+    }
+    std::memcpy(words, &row, sizeof row);
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------- what cpu.py calls
+//
+// `type` is the index of x's dtype in cpu.py's INPUT_TYPES; tensors are contiguous.
+
+extern "C" {
+
+void fp8_amax(const void* x, int64_t n, int type, float* amax, int threads) {
+    const DefaultFloatMode mode;
+    *amax = type == 0   ? amax_of<BFloat16>(x, n, threads)
+            : type == 1 ? amax_of<Half>(x, n, threads)
+                        : amax_of<Float32>(x, n, threads);
+}
+
+// `row` is null where no statistics are wanted.
+void fp8_cast(const void* x, int64_t n, int type, const float* scale, const Target* target, uint8_t* q, float* amax,
+              int64_t* row, int overwrite, int threads) {
+    const DefaultFloatMode mode;
+    const float factor = *scale;
+    const Tally tally = type == 0   ? cast_from<BFloat16>(x, n, factor, *target, q, row != nullptr, threads)
+                        : type == 1 ? cast_from<Half>(x, n, factor, *target, q, row != nullptr, threads)
+                                    : cast_from<Float32>(x, n, factor, *target, q, row != nullptr, threads);
+    *amax = tally.amax;
+    if (row) write_row(row, tally, factor, n, overwrite != 0);
+}
+
+// To float32, or to bf16 where `narrow` is set.
+void fp8_dequantize(const uint8_t* q, int64_t n, const Target* target, void* out, int narrow, int threads) {
+    if (narrow)
+        decode_all(q, n, *target, static_cast<uint16_t*>(out), threads);
+    else
+        decode_all(q, n, *target, static_cast<uint32_t*>(out), threads);
+}
+
+// Adds to counts[256].
+void fp8_exponents(const void* x, int64_t n, int type, int64_t* counts, int threads) {
+    if (type == 0)
+        count_exponents<BFloat16>(x, n, counts, threads);
+    else if (type == 1)
+        count_exponents<Half>(x, n, counts, threads);
+    else
+        count_exponents<Float32>(x, n, counts, threads);
+}
+}

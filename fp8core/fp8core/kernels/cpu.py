@@ -1,0 +1,301 @@
+"""Casts with statistics on a CPU, by cpu.cpp: compiled on first use in seconds, then cached, called through ctypes.
+
+The functions are those of every kernel module (eager, triton): device-side work only, payload and integer counters
+identical on all paths. Inputs may be bfloat16, float16 or float32, of any strides (others are made contiguous first);
+outputs are contiguous.
+
+`unavailable_reason()` says why this machine cannot use them, usually that it has no C++ compiler; the eager path then
+does the same work. Calls release the GIL and use `torch.get_num_threads()` threads. Rows are merged under a
+lock of the process, so a backward in another thread may write to the same arena; resetting or copying the arena at
+the same time is for the caller to order, as it is on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+
+from fp8core.formats import FORMATS, Fp8Format
+from fp8core.records import COLUMNS
+
+INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Words of a row as cpu.cpp's `struct Row` has them.
+_ROW = (
+    *("writes", "amax", "scale_min", "scale_max", "numel", "zeros", "overflow", "underflow", "subnormal"),
+    *("nonfinite", "sum_sq", "err_sq"),
+)
+assert COLUMNS == _ROW, "cpu.cpp's struct Row and records.COLUMNS differ"
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+# Contracting x * scale + c into one rounding would break the rounding to FP8.
+_COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+_FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+_COMPILE_DEADLINE_S = 120.0
+# Below this one thread is faster than waking the others.
+_ELEMENTS_FOR_THREADS = 1 << 16
+
+
+def unavailable_reason() -> str | None:
+    """Why these kernels cannot run here, as a sentence, or None when they can. The first call may compile."""
+    _, reason = _load()
+    return reason
+
+
+def amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest finite |x| as a float32 0-d tensor; 0 if there is none."""
+    x = _checked(x)
+    result = torch.empty((), dtype=torch.float32)
+    _library().fp8_amax(x.data_ptr(), x.numel(), INPUT_TYPES.index(x.dtype), result.data_ptr(), _threads(x.numel()))
+    return result
+
+
+def cast(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: Fp8Format,
+    *,
+    words: torch.Tensor | None = None,
+    slot: torch.Tensor | None = None,
+    overwrite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` in FP8 and its amax; with `words`, this call's statistics merged into row `slot`.
+
+    The payload is the saturating round-half-even cast of fl32(x * scale): NaN becomes the format's NaN with x's sign
+    (FNUZ has one NaN, without a sign), an infinity becomes the largest value and counts as nonfinite only. `scale`
+    is a positive finite float32 0-d tensor. Where x * scale leaves float32's range a finite x is clipped like any other
+    overflow.
+
+    `words` is int64 [slots, len(COLUMNS)], `slot` a 0-d int64 tensor; `overwrite` replaces the row (weights).
+
+    Raises:
+        TypeError: x, words or slot have another dtype.
+        IndexError: `slot` is outside `words`.
+    """
+    x = _checked(x)
+    if scale.dtype != torch.float32 or scale.numel() != 1:
+        raise TypeError(f"scale is {scale.dtype} {list(scale.shape)}; expected a float32 0-d tensor")
+    row = None if words is None else _row_address(words, slot)
+    payload = torch.empty(x.shape, dtype=getattr(torch, fmt.torch_dtype))
+    result = torch.empty((), dtype=torch.float32)
+    _library().fp8_cast(
+        x.data_ptr(),
+        x.numel(),
+        INPUT_TYPES.index(x.dtype),
+        scale.data_ptr(),
+        _target(fmt),
+        payload.data_ptr(),
+        result.data_ptr(),
+        row,
+        overwrite,
+        _threads(x.numel()),
+    )
+    return payload, result
+
+
+def dequantize(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The exact values of the codes of `q` in float32 or bfloat16; no scale is applied.
+
+    Raises:
+        TypeError: `q` is not FP8, or `dtype` is another one.
+    """
+    if q.dtype not in _format_by_dtype():
+        raise TypeError(f"q is {q.dtype}; expected one of {', '.join(map(str, _format_by_dtype()))}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"dtype is {dtype}; an FP8 tensor dequantises to torch.float32 or torch.bfloat16")
+    q = q.contiguous()
+    out = torch.empty(q.shape, dtype=dtype)
+    _library().fp8_dequantize(
+        q.data_ptr(),
+        q.numel(),
+        _target(_format_by_dtype()[q.dtype]),
+        out.data_ptr(),
+        dtype == torch.bfloat16,
+        _threads(q.numel()),
+    )
+    return out
+
+
+def exponent_histogram(x: torch.Tensor) -> torch.Tensor:
+    """How many elements have each exponent, before any scale: int64 [256].
+
+    Bin e counts 2**(e - 127) <= |x| < 2**(e - 126); bin 0 holds zeros and everything below 2**-126, bin 255 Inf and
+    NaN. Costs about as much as the cast with statistics.
+    """
+    x = _checked(x)
+    counts = torch.zeros(256, dtype=torch.int64)
+    _library().fp8_exponents(
+        x.data_ptr(), x.numel(), INPUT_TYPES.index(x.dtype), counts.data_ptr(), _threads(x.numel())
+    )
+    return counts
+
+
+def _checked(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype not in INPUT_TYPES:
+        raise TypeError(f"x is {x.dtype}; expected one of {', '.join(map(str, INPUT_TYPES))}")
+    assert x.device.type == "cpu", x.device
+    return x.contiguous()
+
+
+def _row_address(words: torch.Tensor, slot: torch.Tensor | None) -> int:
+    if words.dtype != torch.int64 or words.ndim != 2 or words.shape[1] != len(COLUMNS) or not words.is_contiguous():
+        raise TypeError(f"words are {words.dtype} {list(words.shape)}; expected int64 [slots, {len(COLUMNS)}]")
+    if slot is None or slot.dtype != torch.int64:
+        raise TypeError(f"slot is {slot!r}; expected an int64 0-d tensor")
+    index = int(slot)
+    if not 0 <= index < words.shape[0]:
+        raise IndexError(f"slot is {index}; the arena has {words.shape[0]} slots")
+    return words.data_ptr() + index * len(COLUMNS) * words.element_size()
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements >= _ELEMENTS_FOR_THREADS else 1
+
+
+class _Target(ctypes.Structure):
+    """cpu.cpp's `struct Target`: a format, its magnitudes as float32 bits."""
+
+    _fields_ = (
+        ("mantissa_bits", ctypes.c_int32),
+        ("smallest_normal", ctypes.c_int32),
+        ("max", ctypes.c_int32),
+        ("overflow_above", ctypes.c_int32),
+        ("fnuz", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _target(fmt: Fp8Format) -> _Target:
+    return _Target(
+        mantissa_bits=fmt.mantissa_bits,
+        smallest_normal=_float32_bits(fmt.smallest_normal),
+        max=_float32_bits(fmt.max),
+        overflow_above=_float32_bits(fmt.overflow_limit) - int(fmt.ties_overflow),
+        fnuz=fmt.name.endswith("FNUZ"),
+    )
+
+
+def _float32_bits(value: float) -> int:
+    return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value
+
+
+@functools.cache
+def _format_by_dtype() -> dict[torch.dtype, Fp8Format]:
+    return {getattr(torch, fmt.torch_dtype): fmt for fmt in FORMATS.values()}
+
+
+# ----------------------------------------------------------------------------------------------- building and loading
+
+
+class _UnavailableError(Exception):
+    """The library cannot be built or loaded here; the message says why."""
+
+
+_load_lock = threading.Lock()
+_loaded: tuple[ctypes.CDLL | None, str | None] | None = None
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none; decided once a process."""
+    global _loaded
+    if _loaded is None:
+        with _load_lock:
+            if _loaded is None:
+                try:
+                    _loaded = _open(build()), None
+                except _UnavailableError as error:
+                    _loaded = None, str(error)
+    return _loaded
+
+
+def build(cache_dir: Path | None = None, compiler: str | None = None) -> Path:
+    """The compiled library's path, compiling it unless it is cached.
+
+    The name carries a hash of the source, the flags, the compiler and the processor, so that a cache on a shared
+    home serves different machines. Several processes may build at once: each renames its own file into place.
+    """
+    cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8scope" / "kernels"
+    compiler = compiler or _find_compiler()
+    source = _SOURCE.read_bytes()
+    reasons = []
+    for extra in _FLAG_SETS:
+        flags = (*_COMMON_FLAGS, *extra)
+        key = hashlib.sha256(repr((source, flags, compiler, _processor())).encode()).hexdigest()[:20]
+        library = cache_dir / f"cpu-{key}.so"
+        if library.exists():
+            return library
+        failure = _compile(compiler, flags, library)
+        if failure is None:
+            return library
+        reasons.append(failure)
+    raise _UnavailableError(f"{compiler} did not compile the CPU kernels: {reasons[-1]}")
+
+
+def _find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise _UnavailableError("no C++ compiler: install g++ (or set CXX) for casts that are many times faster")
+
+
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None:
+    """Compiles to `library`; returns the compiler's first complaint, or None when it worked."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
+            built = Path(scratch) / library.name
+            command = [compiler, *flags, str(_SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_DEADLINE_S, check=False)
+            if done.returncode != 0:
+                return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
+            built.replace(library)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {_COMPILE_DEADLINE_S:.0f} s"
+    except OSError as error:
+        raise _UnavailableError(f"cannot write the compiled CPU kernels: {error}; set XDG_CACHE_HOME") from None
+    return None
+
+
+def _processor() -> str:
+    """What -march=native depends on: the processor's model and features, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return "\n".join([platform.machine(), *told])
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _UnavailableError(
+            f"cannot load the compiled CPU kernels: {error}; delete the file to have it built anew"
+        ) from None
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    target = ctypes.POINTER(_Target)
+    library.fp8_amax.argtypes = (pointer, count, number, pointer, number)
+    library.fp8_cast.argtypes = (*(pointer, count, number, pointer, target, pointer, pointer, pointer, number, number),)
+    library.fp8_dequantize.argtypes = (pointer, count, target, pointer, number, number)
+    library.fp8_exponents.argtypes = (pointer, count, number, pointer, number)
+    for function in (library.fp8_amax, library.fp8_cast, library.fp8_dequantize, library.fp8_exponents):
+        function.restype = None
+    return library
