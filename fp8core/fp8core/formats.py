@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fp8core.records import Role, parse_role
+
 
 @dataclass(frozen=True)
 class Fp8Format:
@@ -67,3 +69,26 @@ E4M3FNUZ = Fp8Format("E4M3FNUZ", 4, 3, bias=8, max_code=0x7F, torch_dtype="float
 E5M2FNUZ = Fp8Format("E5M2FNUZ", 5, 2, bias=16, max_code=0x7F, torch_dtype="float8_e5m2fnuz")
 
 FORMATS = {fmt.name: fmt for fmt in (E4M3FN, E5M2, E4M3FNUZ, E5M2FNUZ)}
+
+
+@dataclass(frozen=True)
+class FormatPair:
+    """Which format each role is cast to: `forward` for input and weight, `backward` for grad_output."""
+
+    name: str
+    forward: Fp8Format
+    backward: Fp8Format
+
+    def fmt(self, role: Role | str) -> Fp8Format:
+        """The format of `role`."""
+        return self.backward if parse_role(role) is Role.GRAD_OUTPUT else self.forward
+
+    def __str__(self) -> str:
+        return self.name
+
+
+HYBRID = FormatPair("HYBRID", E4M3FN, E5M2)
+E4M3 = FormatPair("E4M3", E4M3FN, E4M3FN)
+GRAPHCORE = FormatPair("GRAPHCORE", E4M3FNUZ, E5M2FNUZ)
+
+PAIRS = {pair.name: pair for pair in (HYBRID, E4M3, GRAPHCORE)}

@@ -1,0 +1,169 @@
+"""The product of two FP8 matrices, unscaled: `scaled_mm(a_MK, b_KN, ...)`, on tensor cores or by exact emulation.
+
+    y_MN = (a_MK.float() @ b_KN.float()) / (scale_a * scale_b)
+
+Where CUDA has FP8 tensor cores (compute capability 8.9 and up) this is `torch.nn.functional.scaled_mm` or, in older
+versions, `torch._scaled_mm`. It wants a row-major first operand, a column-major second one, and every dimension but M
+divisible by 16; here, once for all, operands are laid out anew where they are not so, and padded with zeros, which add
+nothing to any sum. Fast accumulation (fewer bits) is for fprop only, as in Transformer Engine and torchao.
+
+Elsewhere it is emulated. FP8 values are exact in bfloat16 and their products in float32, so that
+
+* the reference path (dequantise to float32, float32 GEMM, unscale, round once) differs from the real product by the
+  order of a float32 sum only, and
+* the fast path (bfloat16 operands, bfloat16 GEMM with float32 accumulation, unscale) gives the same bits if the result
+  is bfloat16 and both scales are powers of two: unscaling is then exact and the one rounding is the GEMM's. With other
+  scales it would round twice, which puts a quarter of the elements off. It is taken where the processor has bfloat16
+  instructions; an AVX2 one is 20 times slower at it in one of the layouts.
+
+Scales multiply into FP8. A product of scales beyond 2**+-126 flushes the result to zero or saturates the factor.
+
+Shapes: M, N, K; the three GEMMs of a linear layer are `scaled_mm` of transposed views.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp8core.kernels import kernels_for
+from fp8core.ops import define
+from fp8core.scaling import FLOAT32_MAX
+
+ALIGNMENT = 16
+
+
+def scaled_mm(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    power_of_two: bool = False,
+    fast_accum: bool = False,
+) -> Tensor:
+    """a_MK @ b_KN / (scale_a * scale_b) in `out_dtype`, for FP8 operands; no gradient flows.
+
+    Operands may be transposed views of contiguous tensors. Set `power_of_two` only if both scales are powers of two.
+    """
+    out: Tensor = torch.ops.fp8core.scaled_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, power_of_two, fast_accum)
+    return out
+
+
+def mm_body(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    power_of_two: bool,
+    fast_accum: bool,
+) -> Tensor:
+    """What the operation does, on real tensors of any device."""
+    if a_MK.numel() == 0 or b_KN.numel() == 0:  # an empty sum is zero, and GEMM libraries refuse empty operands
+        return a_MK.new_zeros((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
+    if has_fp8_tensor_cores(a_MK.device) and tensor_cores_take(a_MK.dtype, b_KN.dtype):
+        return _tensor_core_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, fast_accum)
+    fast = power_of_two and out_dtype == torch.bfloat16 and has_bfloat16_gemm(a_MK.device)
+    return emulated_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, fast=fast)
+
+
+def emulated_mm(
+    a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    """The product without FP8 hardware; `fast` takes the bfloat16 path, whose conditions are the caller's to check."""
+    compute_dtype = torch.bfloat16 if fast else torch.float32
+    product = _dequantize(a_MK, compute_dtype) @ _dequantize(b_KN, compute_dtype)
+    return product.mul_(inverse_of_product(scale_a, scale_b)).to(out_dtype)
+
+
+def inverse_of_product(scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """1 / (scale_a * scale_b), rounded once to float32 and kept finite."""
+    # float64: the product of two float32 scales is exact there and far from its limits.
+    return (scale_a.double() * scale_b.double()).reciprocal().clamp(max=FLOAT32_MAX).float()
+
+
+@functools.cache
+def has_fp8_tensor_cores(device: torch.device) -> bool:
+    """Whether torch's FP8 GEMM runs on `device`."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def tensor_cores_take(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether NVIDIA's tensor cores multiply these formats: OCP's, and not E5M2 by E5M2."""
+    return torch.float8_e4m3fn in (a, b) and {a, b} <= {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+@functools.cache
+def has_bfloat16_gemm(device: torch.device) -> bool:
+    """Whether a bfloat16 GEMM on `device` is faster than a float32 one and accumulates in float32."""
+    if device.type != "cpu":
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _dequantize(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of `q`, in the memory order of `q`: GEMM libraries read transposed operands as they are."""
+    dequantize = kernels_for(q.device.type).dequantize
+    if q.ndim == 2 and not q.is_contiguous() and q.t().is_contiguous():
+        return dequantize(q.t(), dtype).t()
+    return dequantize(q.contiguous(), dtype)
+
+
+def _tensor_core_mm(
+    a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool
+) -> Tensor:
+    M, N = a_MK.shape[0], b_KN.shape[1]
+    a_MK = _padded_rows_of_16(a_MK.contiguous(), rows=False)
+    b_NK = _padded_rows_of_16(b_KN.t().contiguous(), rows=True)
+    out_MN = _call_tensor_cores(a_MK, b_NK.t(), scale_a.reciprocal(), scale_b.reciprocal(), out_dtype, fast_accum)
+    return out_MN if out_MN.shape == (M, N) else out_MN[:M, :N].contiguous()
+
+
+def _padded_rows_of_16(q: Tensor, *, rows: bool) -> Tensor:
+    """`q` with its columns, and its rows if `rows`, brought to a multiple of 16 by zeros."""
+    down = -q.shape[0] % ALIGNMENT if rows else 0
+    right = -q.shape[1] % ALIGNMENT
+    if not down and not right:
+        return q
+    # FP8 tensors have no pad; code 0 is the value 0 in every format.
+    return F.pad(q.view(torch.uint8), (0, right, 0, down)).view(q.dtype)
+
+
+def _call_tensor_cores(
+    a: Tensor, b: Tensor, inv_scale_a: Tensor, inv_scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool
+) -> Tensor:
+    if hasattr(F, "scaled_mm"):
+        tensorwise = F.ScalingType.TensorWise
+        return F.scaled_mm(
+            *(a, b, inv_scale_a, tensorwise, inv_scale_b, tensorwise),
+            output_dtype=out_dtype,
+            use_fast_accum=fast_accum,
+        )
+    return torch._scaled_mm(
+        a, b, scale_a=inv_scale_a, scale_b=inv_scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
+    )
+
+
+def _on_meta(
+    a_MK: Tensor,
+    b_KN: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    power_of_two: bool,
+    fast_accum: bool,
+) -> Tensor:
+    return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
+
+
+define(
+    "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool power_of_two,"
+    " bool fast_accum) -> Tensor",
+    mm_body,
+    _on_meta,
+)

@@ -1,0 +1,126 @@
+"""A tensor into FP8, with its statistics left in the arena: one opaque operation, `torch.ops.fp8core.quantize`.
+
+    q, scale = quantize(x, recipe=AmaxScaling(), role="input", fmt=E4M3FN)      # x ~ q.float() / scale
+
+Everything about its form was measured against torch.compile, activation checkpointing, DDP and FSDP2
+(docs/adr/0001, 0002):
+
+* It is opaque (`Library.define`), so that a compiler neither fuses nor splits it and all paths give the same bits.
+* The arena is an integer handle and the slot a 0-d tensor: no version checks, no recompilation for each block.
+* It counts as a side effect, so that a call whose outputs nobody uses stays in the graph.
+* The body sees whether it runs inside a backward (`_current_graph_task_id() != -1`). An input or a weight that is
+  quantised there is a recomputation (checkpointing of either kind, the compiler's own): its statistics go to nowhere.
+* Rows of weights are overwritten, those of inputs and gradients merged over the micro-batches of a step.
+* The state of `DelayedScaling` is an argument that the body writes to behind the dispatcher's back (docs/adr/0003).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import has_side_effect
+
+from fp8core import device_scaling
+from fp8core.formats import FORMATS, Fp8Format
+from fp8core.kernels import Kernels, kernels_for
+from fp8core.ops import define
+from fp8core.recipes import ConstantScaling, DelayedScaling, Recipe, parse_recipe
+from fp8core.records import Role
+from fp8core.stats import NO_ARENA, words_of
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    recipe: Recipe | str,
+    role: Role | str,
+    fmt: Fp8Format | str,
+    state: Tensor | None = None,
+    arena: int = NO_ARENA,
+    slot: Tensor | None = None,
+    update_state: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The payload of `x` in `fmt`, contiguous and of x's shape, and its scale, float32 0-d; no gradient flows.
+
+    `state` is what delayed scaling keeps of this tensor (`device_scaling.new_state`); the cast replaces it unless
+    `update_state` is False. `arena` and `slot` say where the statistics go.
+
+    Raises:
+        ValueError: delayed scaling without `state`.
+        TypeError: x is not bfloat16, float16 or float32.
+    """
+    if isinstance(recipe, DelayedScaling) and state is None:
+        raise ValueError("DelayedScaling needs state: make one with fp8core.device_scaling.new_state(recipe)")
+    q, scale = torch.ops.fp8core.quantize(x, repr(recipe), str(role), fmt.name, state, arena, slot, update_state)
+    return q, scale
+
+
+def quantize_body(
+    x: Tensor,
+    recipe_text: str,
+    role_name: str,
+    fmt_name: str,
+    state: Tensor | None,
+    arena: int,
+    slot: Tensor | None,
+    update_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the operation does, on real tensors of any device; on `meta` by the eager kernels."""
+    if x.dtype not in INPUT_DTYPES:
+        raise TypeError(f"x is {x.dtype}; FP8 is cast from bfloat16, float16 or float32")
+    recipe, role, fmt = parse_recipe(recipe_text), Role(role_name), FORMATS[fmt_name]
+    if isinstance(recipe, DelayedScaling) and state is None:
+        raise ValueError("DelayedScaling needs state: make one with fp8core.device_scaling.new_state(recipe)")
+    recomputing = role is not Role.GRAD_OUTPUT and torch._C._current_graph_task_id() != -1
+    words = None if recomputing else words_of(arena)
+    x = x.detach().contiguous()
+    kernels = kernels_for(x.device.type)
+    scale = _scale(x, recipe, role, fmt, state, recomputing, kernels)
+    if words is None:
+        q, amax = kernels.cast(x, scale, fmt)
+    else:
+        q, amax = kernels.cast(x, scale, fmt, words=words, slot=slot, overwrite=role is Role.WEIGHT)
+    if isinstance(recipe, DelayedScaling) and update_state and not recomputing:
+        assert state is not None
+        # .data: autograd must not see this write; `state` may have been saved for a backward still to come.
+        state.data.copy_(device_scaling.delayed_update(state.data, amax, fmt, recipe))
+    return q, scale
+
+
+def _scale(
+    x: Tensor, recipe: Recipe, role: Role, fmt: Fp8Format, state: Tensor | None, recomputing: bool, kernels: Kernels
+) -> Tensor:
+    if isinstance(recipe, ConstantScaling):
+        return device_scaling.constant_scale(recipe, role, x.device)
+    if isinstance(recipe, DelayedScaling):
+        assert state is not None
+        return state.data[1 if recomputing else 0].clone()
+    return device_scaling.just_in_time_scale(recipe, role, kernels.amax(x), fmt)
+
+
+def _on_meta(
+    x: Tensor,
+    recipe: str,
+    role: str,
+    fmt: str,
+    state: Tensor | None,
+    arena: int,
+    slot: Tensor | None,
+    update_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes only for the compiler's fake tensors; the real body for tensors that are on meta themselves."""
+    if isinstance(x, FakeTensor):
+        return x.new_empty(x.shape, dtype=getattr(torch, FORMATS[fmt].torch_dtype)), x.new_empty((), dtype=torch.float)
+    return quantize_body(x, recipe, role, fmt, state, arena, slot, update_state)
+
+
+define(
+    "quantize(Tensor x, str recipe, str role, str fmt, Tensor? state, int arena, Tensor? slot, bool update_state)"
+    " -> (Tensor, Tensor)",
+    quantize_body,
+    _on_meta,
+)
+has_side_effect(torch.ops.fp8core.quantize.default)

@@ -1,0 +1,66 @@
+"""The statistics arena: where the casts of a training step leave their numbers, on the device.
+
+One int64 buffer [slots, len(records.COLUMNS)] at a fixed address. Quantise operations find it by an integer handle:
+a tensor argument would be saved for backward and fail autograd's version check as soon as a model is compiled in more
+than one graph (docs/adr/0001). An arena that nobody holds any more is forgotten; its handle then writes to nowhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from fp8core.records import COLUMNS, empty_row
+
+NO_ARENA = 0
+
+_lock = threading.Lock()
+_handles = itertools.count(1)
+_arenas: weakref.WeakValueDictionary[int, StatsArena] = weakref.WeakValueDictionary()
+
+
+class StatsArena:
+    """Rows of statistics for `slots` slots on one device.
+
+    `words` is the buffer (see `fp8core.records`), `handle` its name towards operations: never 0, which means "no
+    arena". While `recording` is False writes go to nowhere, which costs no recompilation of a compiled model.
+    """
+
+    def __init__(self, slots: int, device: torch.device | str = "cpu") -> None:
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; an arena holds at least one")
+        self.slots = slots
+        self._empty = torch.from_numpy(empty_row()).to(device)
+        self.words = torch.empty(slots, len(COLUMNS), dtype=torch.int64, device=device)
+        self.recording = True
+        self.reset()
+        with _lock:
+            self.handle = next(_handles)
+            _arenas[self.handle] = self
+
+    @property
+    def device(self) -> torch.device:
+        """The device that `words` is on."""
+        return self.words.device
+
+    def reset(self) -> None:
+        """Marks every row as unwritten. Enqueued on the device; the host does not wait."""
+        self.words.copy_(self._empty.expand_as(self.words))
+
+    def close(self) -> None:
+        """Makes the handle write to nowhere. `words` stays readable."""
+        with _lock:
+            _arenas.pop(self.handle, None)
+
+
+def words_of(handle: int) -> Tensor | None:
+    """The words of the arena with this handle; None where there is none, it is closed, or it is not recording."""
+    if handle == NO_ARENA:
+        return None
+    with _lock:
+        arena = _arenas.get(handle)
+    return arena.words if arena is not None and arena.recording else None
