@@ -1,8 +1,8 @@
 """Checks what a client sent and turns it into `messages`: the only place that meets bytes nobody vouched for.
 
 Every size is compared with `Limits` before memory of that size is allocated, and a compressed batch cannot grow past
-what it declared. What is wrong is a `RefusedError` with the status for the client and a sentence that names the field, what
-came and what was expected.
+what it declared. What is wrong is a `RefusedError` with the status for the client and a sentence that names the field,
+what came and what was expected.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def _decode_slots(slots: Iterable[pb.Slot], limits: Limits) -> tuple[SlotSpec, .
             margin=slot.margin,
         )
         if (spec.layer, spec.role) in seen:
-            raise RefusedError(f"{where} is {spec.layer!r} {spec.role} a second time; expected each layer and role once")
+            raise RefusedError(
+                f"{where} is {spec.layer!r} {spec.role} a second time; expected each layer and role once"
+            )
         seen.add((spec.layer, spec.role))
         decoded.append(spec)
     return tuple(decoded)

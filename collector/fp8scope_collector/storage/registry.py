@@ -7,12 +7,194 @@ ranks that open at the same time, on several collectors too, take turns.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import numpy as np
 import sqlalchemy as sa
 
 from fp8core.formats import FORMATS
-from fp8scope_collector.decode import RefusedError
+from fp8scope_collector.messages import Opening, Source, run_label
+from fp8scope_collector.storage import schema
+
+Insert = Callable[[sa.Table], Any]  # the dialect's insert(), which has on_conflict_do_...
+
+
+class ContradictionError(Exception):
+    """What a source says about itself contradicts what is stored; the text names both."""
+
+
+def register(connection: sa.Connection, insert: Insert, opening: Opening, *, now_unix_ns: int) -> Source:
+    """The source that `opening` describes: the one with its uuid, or a new one.
+
+    A new source keeps the incarnation it asks for unless another process life of its rank has it; then it gets the
+    one after the highest. The run takes over configuration, tags and notes of its newest source.
+
+    Raises:
+        ContradictionError: the uuid is another rank's or run's, a layer has another shape in this run, or a slot has
+            another format or recipe in this incarnation.
+    """
+    run_id = _lock_run(connection, insert, opening, now_unix_ns)
+    known = _find_source(connection, opening, run_id, now_unix_ns) or _add_source(
+        connection, opening, run_id, now_unix_ns
+    )
+    run_slot = _intern_slots(connection, opening, run_id)
+    _record_recipes(connection, opening, run_id, known.incarnation, run_slot)
+    return Source(
+        id=known.id,
+        run_id=run_id,
+        run=opening.run_label,
+        rank=opening.rank,
+        incarnation=known.incarnation,
+        up_to_seq=known.up_to_seq,
+        finished=known.outcome is not None,
+        run_slot=np.array(run_slot, np.int64),
+        role=np.array([spec.role.value for spec in opening.slots], np.str_),
+        log2_max=np.log2([FORMATS[spec.format].max for spec in opening.slots]),
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    id: int
+    incarnation: int
+    up_to_seq: int
+    outcome: str | None
+
+
+def _lock_run(connection: sa.Connection, insert: Insert, opening: Opening, now_unix_ns: int) -> int:
+    run = schema.run
+    connection.execute(
+        insert(run)
+        .values(project=opening.project, name=opening.run, created_unix_ns=now_unix_ns)
+        .on_conflict_do_nothing(index_elements=["project", "name"])
+    )
+    found = sa.select(run.c.id).where(run.c.project == opening.project, run.c.name == opening.run)
+    run_id: int = connection.execute(found.with_for_update()).scalar_one()
+    return run_id
+
+
+def _find_source(connection: sa.Connection, opening: Opening, run_id: int, now_unix_ns: int) -> _Known | None:
+    """The source with this uuid, seen again just now."""
+    source, run = schema.source, schema.run
+    row = connection.execute(
+        sa.select(source, run.c.project, run.c.name)
+        .join(run, run.c.id == source.c.run_id)
+        .where(source.c.source_uuid == opening.source_uuid)
+    ).one_or_none()
+    if row is None:
+        return None
+    if (row.run_id, row.rank) != (run_id, opening.rank):
+        raise ContradictionError(
+            f"source_uuid {opening.source_uuid!r} is rank {row.rank} of run {run_label(row.project, row.name)!r}; this "
+            f"stream says rank {opening.rank} of run {opening.run_label!r}: draw a new uuid for each process"
+        )
+    connection.execute(sa.update(source).where(source.c.id == row.id).values(last_seen_unix_ns=now_unix_ns))
+    return _Known(row.id, row.incarnation, row.up_to_seq, row.outcome)
+
+
+def _add_source(connection: sa.Connection, opening: Opening, run_id: int, now_unix_ns: int) -> _Known:
+    source = schema.source
+    lives = set(
+        connection.scalars(
+            sa.select(source.c.incarnation).where(source.c.run_id == run_id, source.c.rank == opening.rank)
+        )
+    )
+    incarnation = max(lives) + 1 if opening.incarnation in lives else opening.incarnation
+    source_id = connection.execute(
+        sa.insert(source)
+        .values(
+            run_id=run_id,
+            rank=opening.rank,
+            incarnation=incarnation,
+            source_uuid=opening.source_uuid,
+            world_size=opening.world_size,
+            started_unix_ns=opening.started_unix_ns,
+            first_seen_unix_ns=now_unix_ns,
+            last_seen_unix_ns=now_unix_ns,
+            clock_skew_ns=opening.sent_unix_ns - now_unix_ns,
+            agent_version=opening.agent_version,
+            environment_json=opening.environment_json,
+        )
+        .returning(source.c.id)
+    ).scalar_one()
+    said = {
+        "config_json": opening.config_json,
+        "tags_json": "" if opening.tags_json == "[]" else opening.tags_json,
+        "notes": opening.notes,
+    }
+    if news := {column: text for column, text in said.items() if text}:
+        connection.execute(sa.update(schema.run).where(schema.run.c.id == run_id).values(news))
+    return _Known(source_id, incarnation, up_to_seq=0, outcome=None)
+
+
+def _intern_slots(connection: sa.Connection, opening: Opening, run_id: int) -> list[int]:
+    """The run's numbers of the catalogue's slots; new ones are appended."""
+    slot = schema.slot
+    rows = connection.execute(
+        sa.select(slot.c.layer, slot.c.role, slot.c.slot, slot.c.in_features, slot.c.out_features).where(
+            slot.c.run_id == run_id
+        )
+    ).all()
+    known = {(row.layer, row.role): row for row in rows}
+    numbers: list[int] = []
+    new: list[dict[str, Any]] = []
+    for spec in opening.slots:
+        if row := known.get((spec.layer, spec.role.value)):
+            if (row.in_features, row.out_features) != (spec.in_features, spec.out_features):
+                raise ContradictionError(
+                    f"layer {spec.layer!r} has in_features={row.in_features}, out_features={row.out_features} in run "
+                    f"{opening.run_label!r}; rank {opening.rank} says in_features={spec.in_features}, "
+                    f"out_features={spec.out_features}: give another model another run name"
+                )
+            numbers.append(row.slot)
+        else:
+            numbers.append(len(known) + len(new))
+            new.append(
+                {
+                    "run_id": run_id,
+                    "slot": numbers[-1],
+                    "layer": spec.layer,
+                    "role": spec.role.value,
+                    "module_class": spec.module_class,
+                    "in_features": spec.in_features,
+                    "out_features": spec.out_features,
+                }
+            )
+    if new:
+        connection.execute(sa.insert(slot), new)
+    return numbers
+
+
+def _record_recipes(
+    connection: sa.Connection, opening: Opening, run_id: int, incarnation: int, numbers: list[int]
+) -> None:
+    recipe = schema.slot_recipe
+    rows = connection.execute(
+        sa.select(recipe.c.slot, recipe.c.format, recipe.c.recipe, recipe.c.margin).where(
+            recipe.c.run_id == run_id, recipe.c.incarnation == incarnation
+        )
+    ).all()
+    known = {row.slot: row for row in rows}
+    new: list[dict[str, Any]] = []
+    for number, spec in zip(numbers, opening.slots, strict=True):
+        if (row := known.get(number)) is None:
+            new.append(
+                {
+                    "run_id": run_id,
+                    "incarnation": incarnation,
+                    "slot": number,
+                    "format": spec.format,
+                    "recipe": spec.recipe,
+                    "margin": spec.margin,
+                }
+            )
+        elif (row.format, row.recipe, row.margin) != (spec.format, spec.recipe, spec.margin):
+            raise ContradictionError(
+                f"layer {spec.layer!r} {spec.role} is {row.format}, {row.recipe}, margin {row.margin} in incarnation "
+                f"{incarnation} of run {opening.run_label!r}; rank {opening.rank} says {spec.format}, {spec.recipe}, "
+                f"margin {spec.margin}: all ranks of an incarnation must quantise a layer alike"
+            )
+    if new:
+        connection.execute(sa.insert(recipe), new)

@@ -12,17 +12,21 @@ was there.
 from __future__ import annotations
 
 import itertools
+import math
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.registry import register
+from fp8scope_collector.storage.registry import Insert, register
 
 _COLUMNS = ("source_id", "step", "slot", *(field.name for field in FIELDS))
 
@@ -40,54 +44,67 @@ class Seen:
     """A sign of life outside the durable messages."""
 
     unix_ns: int
-    drops: Mapping[str, int]
+    drops: Mapping[str, int]  # reason -> rows
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the database failed (locked, full, gone, restarting) and not what was written to it."""
+    original = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    of_the_values = (sqlite3.IntegrityError, sqlite3.DataError, psycopg.IntegrityError, psycopg.DataError)
+    return isinstance(original, (sqlite3.Error, psycopg.Error, sa.exc.TimeoutError)) and not isinstance(
+        original, of_the_values
+    )
 
 
 class StatsWriter:
-    """The writing side of one database; used by one thread. Errors are SQLAlchemy's: see `is_transient`."""
+    """The writing side of one database, for one thread. A method that fails has changed nothing and may be repeated.
+
+    Raises (every method): SQLAlchemy's or the driver's errors; `is_transient` tells which are worth a repetition.
+    """
 
     def __init__(self, engine: sa.Engine) -> None:
-        self.engine = engine
-        self._insert_rows: _InsertRows = _insert_sqlite if engine.dialect.name == "sqlite" else _copy_postgresql
-        self._upsert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._engine = engine
+        is_sqlite = engine.dialect.name == "sqlite"
+        self._insert: Insert = sqlite.insert if is_sqlite else postgresql.insert
+        self._insert_rows = _insert_sqlite if is_sqlite else _copy_postgresql
 
     def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
-        """The source that `opening` describes, new or known."""
-        with self.engine.begin() as connection:
-            return register(connection, self._upsert, opening, now_unix_ns=now_unix_ns)
+        """The source that `opening` describes, new or known; see `registry.register`."""
+        with self._engine.begin() as connection:
+            return register(connection, self._insert, opening, now_unix_ns=now_unix_ns)
 
     def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
-        """Writes in one transaction what of the group is not in the database yet; all of it is durable on return."""
-        with self.engine.begin() as connection:
-            marks = self._lock({batch.source.id for batch in group})
-            known = dict(connection.execute(marks).tuples())
-            up_to_seq = dict(known)
+        """Writes in one transaction what of the group is not in the database yet; it is durable on return."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(self._lock({batch.source.id for batch in group}))
+            up_to_seq = {row.id: row.up_to_seq for row in rows}
+            order = sorted(range(len(group)), key=lambda index: (group[index].source.id, group[index].seq))
             fresh = [False] * len(group)
-            for index in sorted(range(len(group)), key=lambda index: (group[index].source.id, group[index].seq)):
+            for index in order:
                 batch = group[index]
                 if batch.seq > up_to_seq.get(batch.source.id, batch.seq):
                     up_to_seq[batch.source.id] = batch.seq
                     fresh[index] = True
-            written = sorted(
-                itertools.compress(group, fresh), key=lambda batch: (batch.source.id, batch.seq)
-            )
+            written = [group[index] for index in order if fresh[index]]
             self._insert_rows(connection, [batch for batch in written if batch.rows])
             self._write_scalars(connection, written)
             self._write_drops(connection, ((batch.source.id, batch.drops) for batch in written))
-            self._advance(connection, known, written, now_unix_ns)
+            self._advance(connection, written, now_unix_ns)
         return Committed(tuple(fresh), up_to_seq)
 
     def touch(self, seen: Mapping[int, Seen]) -> None:
         """Records signs of life, by source id."""
-        with self.engine.begin() as connection:
-            connection.execute(self._lock(seen))
+        source = schema.source
+        with self._engine.begin() as connection:
+            known = [row.id for row in connection.execute(self._lock(seen))]
+            now = sa.bindparam("now", type_=sa.BigInteger)
             connection.execute(
-                sa.update(schema.source)
-                .where(schema.source.c.id == sa.bindparam("source_id"), schema.source.c.last_seen_unix_ns < sa.bindparam("now"))
-                .values(last_seen_unix_ns=sa.bindparam("now")),
-                [{"source_id": source_id, "now": sign.unix_ns} for source_id, sign in sorted(seen.items())],
+                sa.update(source)
+                .where(source.c.id == sa.bindparam("source_id"), source.c.last_seen_unix_ns < now)
+                .values(last_seen_unix_ns=now),
+                [{"source_id": source_id, "now": seen[source_id].unix_ns} for source_id in known],
             )
-            self._write_drops(connection, ((source_id, sign.drops) for source_id, sign in seen.items()))
+            self._write_drops(connection, ((source_id, seen[source_id].drops) for source_id in known))
 
     def _lock(self, source_ids: Iterable[int]) -> sa.Select[int, int]:
         """Selects the sources' watermarks and locks their rows (SQLite has locked everything at BEGIN IMMEDIATE)."""
@@ -100,12 +117,12 @@ class StatsWriter:
 
     def _write_scalars(self, connection: sa.Connection, batches: Iterable[Batch]) -> None:
         values = {
-            (batch.source.id, name, step): None if np.isnan(value) else value
+            (batch.source.id, name, step): None if math.isnan(value) else value
             for batch in batches
             for step, name, value in batch.scalars
         }
         if values:
-            insert = self._upsert(schema.scalar)
+            insert = self._insert(schema.scalar)
             connection.execute(
                 insert.on_conflict_do_update(
                     index_elements=["source_id", "name", "step"], set_={"value": insert.excluded.value}
@@ -118,18 +135,159 @@ class StatsWriter:
 
     def _write_drops(self, connection: sa.Connection, totals: Iterable[tuple[int, Mapping[str, int]]]) -> None:
         """Keeps the larger total: they only grow, and a heartbeat may overtake a batch."""
-        values = [
-            {"source_id": source_id, "reason": reason, "rows": rows}
-            for source_id, drops in totals
-            for reason, rows in drops.items()
-        ]
-        if values:
-            insert = self._upsert(schema.drop)
+        largest: dict[tuple[int, str], int] = {}
+        for source_id, drops in totals:
+            for reason, rows in drops.items():
+                largest[source_id, reason] = max(rows, largest.get((source_id, reason), 0))
+        if largest:
+            insert = self._insert(schema.drop)
             connection.execute(
                 insert.on_conflict_do_update(
                     index_elements=["source_id", "reason"],
                     set_={"rows": insert.excluded.rows},
                     where=schema.drop.c.rows < insert.excluded.rows,
                 ),
+                [
+                    {"source_id": source_id, "reason": reason, "rows": rows}
+                    for (source_id, reason), rows in largest.items()
+                ],
+            )
+
+    def _advance(self, connection: sa.Connection, written: Sequence[Batch], now_unix_ns: int) -> None:
+        """Moves the watermarks over `written`, which is sorted by (source, seq), and records ends."""
+        source = schema.source
+        values: list[dict[str, int]] = []
+        for source_id, batches in itertools.groupby(written, key=lambda batch: batch.source.id):
+            own = list(batches)
+            values.append(
+                {
+                    "source_id": source_id,
+                    "seq": own[-1].seq,
+                    "new_rows": sum(batch.rows for batch in own),
+                    "step": max((int(batch.step.max()) for batch in own if batch.rows), default=-1),
+                    "now": now_unix_ns,
+                }
+            )
+            for ending in (batch.ending for batch in own if batch.ending):
+                connection.execute(
+                    sa.update(source)
+                    .where(source.c.id == source_id)
+                    .values(
+                        finished_unix_ns=ending.finished_unix_ns,
+                        outcome=ending.outcome,
+                        outcome_message=ending.message or None,
+                    )
+                )
+        if values:
+            step = sa.bindparam("step", type_=sa.BigInteger)
+            connection.execute(
+                sa.update(source)
+                .where(source.c.id == sa.bindparam("source_id"))
+                .values(
+                    up_to_seq=sa.bindparam("seq"),
+                    rows=source.c.rows + sa.bindparam("new_rows"),
+                    last_step=sa.case(
+                        (step > sa.func.coalesce(source.c.last_step, -1), step), else_=source.c.last_step
+                    ),
+                    last_seen_unix_ns=sa.bindparam("now"),
+                ),
                 values,
             )
+
+
+# SQLite
+
+
+def _insert_sqlite(connection: sa.Connection, batches: Sequence[Batch]) -> None:
+    """One executemany a batch: tuples of Python numbers from whole columns. SQLite itself stores NaN as null."""
+    sql = f"INSERT OR REPLACE INTO stats ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+    for batch in batches:
+        columns = [
+            batch.columns[field.name].tolist() if field.name in batch.columns else itertools.repeat(None)
+            for field in FIELDS
+        ]
+        slots = batch.source.run_slot[batch.slot].tolist()
+        rows = zip(itertools.repeat(batch.source.id), batch.step.tolist(), slots, *columns)  # repeat() has no end
+        connection.exec_driver_sql(sql, list(rows))
+
+
+# PostgreSQL
+
+_NATIVE = {"source_id": "i8", "step": "i8", "slot": "i4"} | {
+    field.name: {"float32": "f4", "float64": "f8", "uint64": "i8"}[field.dtype] for field in FIELDS
+}
+_TABLE = np.dtype([*_NATIVE.items(), ("arrival", "i8"), ("null", "u2")])  # null: a bit for each of FIELDS
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_TRAILER = b"\xff\xff"
+
+
+def _copy_postgresql(connection: sa.Connection, batches: Sequence[Batch]) -> None:
+    """One binary COPY for all batches. COPY cannot replace rows: where some are there already, it goes another way."""
+    if not batches:
+        return
+    table = np.concatenate([_table(batch) for batch in batches])
+    try:
+        with connection.begin_nested():
+            _copy(connection, "stats", table, _COLUMNS)
+    except psycopg.errors.UniqueViolation:
+        _replace(connection, table)
+
+
+def _replace(connection: sa.Connection, table: npt.NDArray[np.void]) -> None:
+    """Writes rows of which some are there already, or come twice: the last one wins."""
+    table["arrival"] = np.arange(len(table))
+    columns = ", ".join(_COLUMNS)
+    updates = ", ".join(f"{field.name} = excluded.{field.name}" for field in FIELDS)
+    connection.exec_driver_sql("CREATE TEMPORARY TABLE incoming (LIKE stats, arrival bigint) ON COMMIT DROP")
+    _copy(connection, "incoming", table, (*_COLUMNS, "arrival"))
+    connection.exec_driver_sql(
+        f"INSERT INTO stats ({columns})"
+        f" SELECT DISTINCT ON (source_id, step, slot) {columns} FROM incoming"
+        " ORDER BY source_id, step, slot, arrival DESC"
+        f" ON CONFLICT (source_id, step, slot) DO UPDATE SET {updates}"
+    )
+
+
+def _table(batch: Batch) -> npt.NDArray[np.void]:
+    """The batch's rows as native records. Absent columns and NaN are null, as SQLite would have it."""
+    table = np.zeros(batch.rows, _TABLE)
+    table["source_id"] = batch.source.id
+    table["step"] = batch.step
+    table["slot"] = batch.source.run_slot[batch.slot]
+    for bit, field in enumerate(FIELDS):
+        if (column := batch.columns.get(field.name)) is None:
+            table["null"] |= 1 << bit
+        else:
+            table[field.name] = column
+            if field.dtype != "uint64":
+                table["null"] |= np.isnan(column).astype(np.uint16) << bit
+    return table
+
+
+def _copy(connection: sa.Connection, name: str, table: npt.NDArray[np.void], columns: Sequence[str]) -> None:
+    """Streams `columns` of `table` into the database's table `name`, rows with the same nulls together."""
+    driver: psycopg.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # any driver's
+    with driver.cursor() as cursor:
+        with cursor.copy(f"COPY {name} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)") as copy:
+            copy.write(_COPY_HEADER)
+            for null in np.unique(table["null"]):
+                copy.write(_copy_records(table[table["null"] == null], columns, int(null)))
+            copy.write(_COPY_TRAILER)
+
+
+def _copy_records(rows: npt.NDArray[np.void], columns: Sequence[str], null: int) -> bytes:
+    """The rows in COPY's binary format: a count of fields, then each field's size (-1: null) and big-endian bytes."""
+    absent = {field.name for bit, field in enumerate(FIELDS) if null >> bit & 1}
+    present = [column for column in columns if column not in absent]
+    layout: list[tuple[str, str]] = [("fields", ">i2")]
+    for column in columns:
+        layout.append((f"{column} size", ">i4"))
+        if column not in absent:
+            layout.append((column, f">{_TABLE[column].str[1:]}"))
+    records = np.empty(len(rows), layout)
+    records["fields"] = len(columns)
+    for column in columns:
+        records[f"{column} size"] = -1 if column in absent else _TABLE[column].itemsize
+    for column in present:
+        records[column] = rows[column]
+    return records.tobytes()
