@@ -46,15 +46,16 @@ def quantize(
     """The payload of `x` in `fmt`, contiguous and of x's shape, and its scale, float32 0-d; no gradient flows.
 
     `state` is what delayed scaling keeps of this tensor (`device_scaling.new_state`); the cast replaces it unless
-    `update_state` is False. `arena` and `slot` say where the statistics go.
+    `update_state` is False. `arena` and `slot` say where the statistics go. In code that torch.compile traces, give
+    `recipe` and `fmt` as texts, `repr(recipe)` and `fmt.name`: Dynamo cannot print a dataclass.
 
     Raises:
         ValueError: delayed scaling without `state`.
         TypeError: x is not bfloat16, float16 or float32.
     """
-    if isinstance(recipe, DelayedScaling) and state is None:
-        raise ValueError("DelayedScaling needs state: make one with fp8core.device_scaling.new_state(recipe)")
-    q, scale = torch.ops.fp8core.quantize(x, repr(recipe), str(role), fmt.name, state, arena, slot, update_state)
+    recipe_text = recipe if isinstance(recipe, str) else repr(recipe)
+    fmt_name = fmt if isinstance(fmt, str) else fmt.name
+    q, scale = torch.ops.fp8core.quantize(x, recipe_text, str(role), fmt_name, state, arena, slot, update_state)
     return q, scale
 
 

@@ -32,12 +32,13 @@ def cast(
     slot: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The payload q = saturating round-half-even cast of fl32(x * scale), of x's shape, and x's amax.
+    """The payload q = saturating round-half-even cast of fl32(x * scale), contiguous, of x's shape; and x's amax.
 
     NaN becomes the format's NaN with x's sign, +-Inf the largest finite value. With `words` (the arena's, int64
     [slots, len(COLUMNS)]) the statistics of this call are merged into row `slot`, a 0-d int64 tensor on x's device;
     `overwrite` replaces the row.
     """
+    x = x.contiguous()
     scaled = x.float() * scale
     # torch 2.13 saturates E4M3FN on a CPU, but turns E5M2 into Inf and both FNUZ formats into NaN: clamp first.
     q = scaled.clamp(-fmt.max, fmt.max).to(getattr(torch, fmt.torch_dtype))
