@@ -231,7 +231,7 @@ def build(cache_dir: Path | None = None, compiler: str | None = None) -> Path:
     The name carries a hash of the source, the flags, the compiler and the processor, so that a cache on a shared
     home serves different machines. Several processes may build at once: each renames its own file into place.
     """
-    cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8scope" / "kernels"
+    cache_dir = cache_dir or _user_cache() / "fp8scope" / "kernels"
     compiler = compiler or _find_compiler()
     source = _SOURCE.read_bytes()
     reasons = []
@@ -246,6 +246,13 @@ def build(cache_dir: Path | None = None, compiler: str | None = None) -> Path:
             return library
         reasons.append(failure)
     raise _UnavailableError(f"{compiler} did not compile the CPU kernels: {reasons[-1]}")
+
+
+def _user_cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise _UnavailableError(f"no place for the compiled CPU kernels: {error} Set XDG_CACHE_HOME") from None
 
 
 def _find_compiler() -> str:
