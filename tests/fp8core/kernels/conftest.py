@@ -146,7 +146,7 @@ def _assert_row(words: torch.Tensor, slot: int, expected: dict[str, float]) -> N
     wrong = {name: (got[name], expected[name]) for name in COLUMNS if name not in sums and got[name] != expected[name]}
     assert not wrong, f"(got, expected): {wrong}"
     for name in sums:
-        assert got[name] == pytest.approx(expected[name], rel=1e-5), name
+        assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=0), name
 
 
 @pytest.fixture
