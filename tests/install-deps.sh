@@ -29,6 +29,7 @@ need iproute2 has ss
 need postgresql has_postgresql
 need prometheus has_prometheus
 need prometheus-alertmanager has_alertmanager
+need wget has wget
 
 if [ ${#missing[@]} -eq 0 ]; then
     echo "test dependencies: all installed"
