@@ -1,0 +1,180 @@
+"""What a monitor is told: the arguments of `attach` and the FP8SCOPE_* variables, checked once and frozen.
+
+Everything that can be wrong about them is a ValueError here, before the first step; nothing later raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .addresses import DEFAULT_COLLECTOR, parse_addresses
+
+DEFAULT_SPOOL_BYTES = 512 << 20
+DEFAULT_LINGER_S = 30.0
+_SMALLEST_SPOOL_BYTES = 16 << 20
+_LONGEST_NAME = 200
+_MASK = "***"
+_SECRET_KEY = re.compile(
+    r"(^|_)(token|tokens|password|passwd|secret|secrets|credential|credentials|api_?key|access_?key|private_?key)(_|$)"
+)
+_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A monitor's settings, complete and valid."""
+
+    run: str
+    project: str
+    rank: int
+    world_size: int
+    addresses: tuple[str, ...]
+    token: str | None
+    spool_dir: Path
+    spool_bytes: int
+    linger_s: float
+    every: int
+    config_json: str
+    tags: tuple[str, ...]
+    notes: str
+
+
+def resolve(
+    *,
+    run: str,
+    project: str = "",
+    collector: str | None = None,
+    spool_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    config: object = None,
+    tags: Sequence[str] = (),
+    notes: str = "",
+    every: int = 1,
+    distributed: tuple[int, int] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """The settings: an argument where it is given, else its variable, else the default.
+
+    `distributed` is (rank, world size) of an initialised process group; RANK and WORLD_SIZE come after it.
+
+    Raises:
+        ValueError: something is no possible value; the sentence says what is.
+    """
+    if isinstance(tags, str):
+        raise ValueError(f"tags is the string {tags!r}; expected a list of strings, for example tags=[{tags!r}]")
+    final_rank, final_world_size = _rank(rank, world_size, distributed, environ)
+    return Settings(
+        run=_name("run", run),
+        project=_name("project", project) if project else "",
+        rank=final_rank,
+        world_size=final_world_size,
+        addresses=parse_addresses(collector or environ.get("FP8SCOPE_COLLECTOR") or DEFAULT_COLLECTOR),
+        token=_token(token or environ.get("FP8SCOPE_TOKEN") or None),
+        spool_dir=_spool_dir(spool_dir or environ.get("FP8SCOPE_SPOOL_DIR")),
+        spool_bytes=int(_number("FP8SCOPE_SPOOL_BYTES", environ, DEFAULT_SPOOL_BYTES, _SMALLEST_SPOOL_BYTES)),
+        linger_s=_number("FP8SCOPE_LINGER_S", environ, DEFAULT_LINGER_S, 0),
+        every=_count("every", every, 1),
+        config_json=_config_json(config),
+        tags=tuple(_name("tag", tag) for tag in tags),
+        notes=str(notes),
+    )
+
+
+def _rank(
+    rank: int | None, world_size: int | None, distributed: tuple[int, int] | None, environ: Mapping[str, str]
+) -> tuple[int, int]:
+    if distributed is None:
+        distributed = (
+            int(_number("RANK", environ, 0, 0)),
+            int(_number("WORLD_SIZE", environ, 1, 1)),
+        )
+    final_rank = _count("rank", distributed[0] if rank is None else rank, 0)
+    if world_size is None and rank is not None:
+        world_size = max(distributed[1], final_rank + 1)
+    final_world_size = _count("world_size", distributed[1] if world_size is None else world_size, 1)
+    if final_rank >= final_world_size:
+        raise ValueError(f"rank is {final_rank} of world_size {final_world_size}; ranks run from 0 to world_size - 1")
+    return final_rank, final_world_size
+
+
+def _name(what: str, text: object) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{what} is {text!r}; expected a name, for example {what}='gpt-fp8'")
+    if len(text) > _LONGEST_NAME or not text.isprintable():
+        raise ValueError(f"{what} is {text!r}; expected at most {_LONGEST_NAME} printable characters")
+    return text
+
+
+def _token(token: str | None) -> str | None:
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise ValueError("the token has characters that no token has (is a line break at its end?); expected ASCII")
+    return token
+
+
+def _spool_dir(path: str | os.PathLike[str] | None) -> Path:
+    if path:
+        return Path(path).expanduser().absolute()
+    try:
+        return Path.home() / ".cache" / "fp8scope" / "spool"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"fp8scope-spool-{os.getuid()}"
+
+
+def _count(what: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} is {value!r}; expected a whole number, {least} or more")
+    return value
+
+
+def _number(variable: str, environ: Mapping[str, str], default: float, least: float) -> float:
+    text = environ.get(variable) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise ValueError(f"the variable {variable} is {text!r}; expected a number, {least} or more")
+    return value
+
+
+def _config_json(config: object) -> str:
+    """`config` as a JSON object: a mapping, a dataclass or an argparse.Namespace, its secrets masked."""
+    if config is None:
+        return ""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    elif not isinstance(config, Mapping) and hasattr(config, "__dict__"):
+        config = vars(config)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config is {config!r}; expected a mapping, a dataclass or an argparse.Namespace")
+    return json.dumps(_plain(config), ensure_ascii=False)
+
+
+def _plain(value: object, key: str = "") -> object:
+    """`value` in JSON's types; what is none of them as text, and masked where `key` names a secret."""
+    if isinstance(value, bool | int | None):
+        return value
+    if _is_secret(key):
+        return _MASK
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return _URL_PASSWORD.sub(_MASK, str(value))
+
+
+def _is_secret(key: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", key)
+    return _SECRET_KEY.search(words.lower()) is not None

@@ -1,0 +1,149 @@
+"""The drain thread: takes frames off the ring when the device is done with them, and everything slow from there on.
+
+Decoding, compressing, the disk and the sender process are here, on a daemon thread, so that none of it can reach
+the training step. It keeps the newest step's summary and its own CPU time for `Monitor.snapshot`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import Settings
+from .encode import decode_step
+from .notices import Drops, Notices, logger
+from .process import SenderProcess
+from .recorder import Recorder
+from .ring import Frame, Ring
+from .snapshot import Summary, Worst
+from .spool import spool_bytes
+from .status import SenderStatus
+
+_LOOK_S = 1.0  # how often the sender is looked after
+_EVENT_POLL_S = 0.002
+_CLOSING_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the job ended, and until when (time.monotonic) the rest may take."""
+
+    failure: str | None
+    last_step: int
+    deadline: float
+
+
+class Drain(threading.Thread):
+    """From the ring to the spool until `end` is called; then to the collector until the deadline."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        recorder: Recorder,
+        slots_of: tuple[npt.NDArray[np.int64], ...],
+        summary: Summary,
+        settings: Settings,
+        drops: Drops,
+        notices: Notices,
+    ) -> None:
+        super().__init__(name="fp8scope-drain", daemon=True)
+        self.recorder = recorder
+        self.worst: Worst | None = None
+        self.spool_bytes = 0
+        self.cpu_s = 0.0
+        self.delivered = False
+        self._ring = ring
+        self._slots_of = slots_of
+        self._slots = sum(len(slots) for slots in slots_of)
+        self._summary = summary
+        self._settings = settings
+        self._drops = drops
+        self._notices = notices
+        self._sender: SenderProcess | None = None
+        self._next_look = float("-inf")
+        self._ending: Ending | None = None
+
+    @property
+    def status(self) -> SenderStatus:
+        """What the sender last said."""
+        return self._sender.status if self._sender is not None else SenderStatus()
+
+    def end(self, ending: Ending) -> None:
+        """Finish: what is in the ring, the end of the source, then wait for the collector; not beyond the deadline."""
+        self._ending = ending
+        self._ring.wake()
+
+    def run(self) -> None:
+        """Serve until the end."""
+        self.recorder.prepare()
+        while True:
+            frame = self._ring.next(timeout_s=_LOOK_S)
+            if frame is not None:
+                self._drain(frame)
+            ending = self._ending
+            if frame is None and ending is not None:
+                break
+            if time.monotonic() >= self._next_look:
+                self._look_after_sender()
+            self.cpu_s = time.thread_time()
+        self.recorder.finish(ending.failure, ending.last_step)
+        self._deliver(ending.deadline)
+        self.cpu_s = time.thread_time()
+
+    def _drain(self, frame: Frame) -> None:
+        """Record one frame; whatever goes wrong with it costs this frame, not the next."""
+        try:
+            if self._wait_for(frame):
+                self._record(frame)
+            else:
+                self._drops.add("close_timeout", self._slots if frame.sampled else 0)
+        except Exception as error:
+            self._drops.add("agent_error", self._slots if frame.sampled else 0)
+            self._notices.warn("drain", f"a step's statistics were dropped: {type(error).__name__}: {error}")
+            logger.debug("while draining a frame", exc_info=True)
+        finally:
+            self._ring.give_back(frame)
+
+    def _wait_for(self, frame: Frame) -> bool:
+        """Wait for the device, in the end not beyond the deadline; whether the frame is there."""
+        while not frame.ready():
+            if self._ending is not None and time.monotonic() > self._ending.deadline:
+                return False
+            time.sleep(_EVENT_POLL_S)
+        return True
+
+    def _record(self, frame: Frame) -> None:
+        words = [tensor.numpy() for tensor in frame.words] if frame.sampled else []
+        rows = decode_step(words, self._slots_of if frame.sampled else ())
+        self.recorder.record(frame.step, frame.taken_unix_ns, rows, frame.scalars())
+        if frame.sampled:
+            self.worst = self._summary.of(frame.step, rows)
+
+    def _look_after_sender(self) -> None:
+        self._next_look = time.monotonic() + _LOOK_S
+        folder = self.recorder.folder
+        if folder is None:
+            self.recorder.prepare()
+            return
+        if self._sender is None:
+            self._sender = SenderProcess(folder, self._settings, self._notices)
+        self._sender.look_after()
+        self.spool_bytes = spool_bytes(folder)
+
+    def _deliver(self, deadline: float) -> None:
+        """Wait until the collector has everything, the sender has given up, or time is up."""
+        self._look_after_sender()
+        while self._sender is not None:
+            status = self._sender.read()
+            self.delivered = status.finished or status.acked_seq >= self.recorder.last_seq
+            if self.delivered or status.ended or time.monotonic() > deadline:
+                break
+            if time.monotonic() >= self._next_look:
+                self._look_after_sender()
+            time.sleep(_CLOSING_POLL_S)
+        if self._sender is not None and self.recorder.folder is not None:
+            self.spool_bytes = spool_bytes(self.recorder.folder)

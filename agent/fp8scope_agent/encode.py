@@ -1,0 +1,111 @@
+"""One step's rows and scalars as a message of the wire: little-endian columns, zstd level 1, a checksum.
+
+Columns as `bytes` encode at more than 100 million rows a second; one message a row, or `repeated float`, at about
+one. A slot that nothing was written to has no row.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from fp8core.records import FIELDS, decode_arena
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+
+# A batch stays far below the 4 MiB that a gRPC server accepts by default: a row takes 80 bytes.
+MAX_ROWS = 8192
+
+_WIRE_DTYPE = {"float32": "<f4", "float64": "<f8", "uint64": "<u8"}
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one step: `slot` [n], ascending, and one array [n] for each field."""
+
+    slot: npt.NDArray[np.int64]
+    columns: Mapping[str, npt.NDArray[np.generic]]
+
+    def part(self, start: int, stop: int) -> StepRows:
+        """The rows from `start` to `stop`."""
+        return StepRows(self.slot[start:stop], {name: column[start:stop] for name, column in self.columns.items()})
+
+
+def decode_step(words: list[npt.NDArray[np.int64]], slots_of: tuple[npt.NDArray[np.int64], ...]) -> StepRows:
+    """The written rows of all arenas of a step, in the order of the slots."""
+    parts = [decode_arena(arena_words) for arena_words in words]
+    slot = np.concatenate([[], *(slots[part.slot] for slots, part in zip(slots_of, parts, strict=True))]).astype(int)
+    order = np.argsort(slot, kind="stable")
+    columns = {
+        field.name: np.concatenate([np.empty(0, field.dtype), *(part.columns[field.name] for part in parts)])[order]
+        for field in FIELDS
+    }
+    return StepRows(slot[order], columns)
+
+
+class Encoder:
+    """Makes the messages of one source. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=1)
+
+    def stats(
+        self,
+        *,
+        seq: int,
+        step: int,
+        taken_unix_ns: int,
+        rows: StepRows,
+        scalars: Mapping[str, float],
+        drops: Mapping[str, int],
+    ) -> bytes:
+        """A serialised ClientMessage with these rows, which may be none."""
+        batch = pb.StatsBatch(
+            seq=seq,
+            sent_unix_ns=taken_unix_ns,
+            rows=len(rows.slot),
+            compression=pb.COMPRESSION_NONE,
+            scalars=[pb.Scalar(step=step, name=name, value=value) for name, value in scalars.items()],
+            drops=drop_messages(drops),
+        )
+        if len(rows.slot):
+            columns = _columns(step, rows)
+            batch.compression = pb.COMPRESSION_ZSTD
+            batch.columns_bytes = len(columns)
+            batch.columns_crc32 = zlib.crc32(columns)
+            batch.columns = self._compressor.compress(columns)
+        return pb.ClientMessage(stats=batch).SerializeToString()
+
+
+def finish_message(
+    *, seq: int, finished_unix_ns: int, failure: str | None, last_step: int, drops: Mapping[str, int]
+) -> bytes:
+    """A serialised ClientMessage that ends the source; `failure` is the exception that ended the job, if one did."""
+    finish = pb.Finish(
+        seq=seq,
+        finished_unix_ns=finished_unix_ns,
+        outcome=pb.OUTCOME_FINISHED if failure is None else pb.OUTCOME_FAILED,
+        message=failure or "",
+        last_step=last_step,
+        drops=drop_messages(drops),
+    )
+    return pb.ClientMessage(finish=finish).SerializeToString()
+
+
+def drop_messages(drops: Mapping[str, int]) -> list[pb.Drop]:
+    """Running totals as the wire has them."""
+    return [pb.Drop(reason=reason, rows=rows) for reason, rows in sorted(drops.items())]
+
+
+def _columns(step: int, rows: StepRows) -> bytes:
+    columns = pb.StatsColumns(
+        step=np.full(len(rows.slot), step, "<u8").tobytes(),
+        slot=rows.slot.astype("<u4").tobytes(),
+    )
+    for field in FIELDS:
+        setattr(columns, field.name, rows.columns[field.name].astype(_WIRE_DTYPE[field.dtype]).tobytes())
+    return columns.SerializeToString()

@@ -1,0 +1,114 @@
+"""From the device to the host without waiting: a ring of buffers that the training thread fills and the drain empties.
+
+`Ring.take` enqueues one copy per device behind the step's kernels, into pinned memory on CUDA, and an event after it.
+On a CPU the copy is done when it returns. When no buffer is free the newest step is the one that is lost: the older
+ones may still be under way on the device and cannot be taken back (docs/adr/0021).
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fp8core import StatsArena
+
+DEPTH = 16
+MAX_SCALARS = 64
+
+
+@dataclass
+class Frame:
+    """One step on its way: the words of each arena and the scalars, valid once `ready`."""
+
+    words: tuple[torch.Tensor, ...]  # on the host, one per arena
+    device_values: torch.Tensor  # float64 [MAX_SCALARS], on the host
+    step: int = 0
+    taken_unix_ns: int = 0
+    sampled: bool = False
+    host_scalars: dict[str, float] = field(default_factory=dict)
+    device_names: tuple[str, ...] = ()  # whose values stand first in device_values
+    events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+    pending: set[torch.device] = field(default_factory=set)
+
+    def ready(self) -> bool:
+        """Whether the devices have done their copies."""
+        self.pending = {device for device in self.pending if not self.events[device].query()}  # type: ignore[no-untyped-call]  # torch's
+        return not self.pending
+
+    def scalars(self) -> dict[str, float]:
+        """The step's scalars by name."""
+        values = self.device_values[: len(self.device_names)].tolist()
+        return {**self.host_scalars, **dict(zip(self.device_names, values, strict=True))}
+
+
+class Ring:
+    """Frames between one thread that takes and one that drains."""
+
+    def __init__(self, arenas: tuple[StatsArena, ...], *, depth: int = DEPTH) -> None:
+        self._arenas = arenas
+        self._free: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._on_cuda = any(arena.device.type == "cuda" for arena in arenas)
+        for _ in range(depth):
+            words = tuple(self._host_buffer(arena.words.shape, torch.int64) for arena in arenas)
+            self._free.put(Frame(words, self._host_buffer((MAX_SCALARS,), torch.float64)))
+
+    def take(
+        self, step: int, *, sampled: bool, host_scalars: dict[str, float], device_scalars: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Enqueue the copy of this step; False where no buffer is free. `device_scalars` are 0-d CUDA tensors."""
+        try:
+            frame = self._free.get_nowait()
+        except queue.Empty:
+            return False
+        frame.step = step
+        frame.taken_unix_ns = time.time_ns()
+        frame.sampled = sampled
+        frame.host_scalars = host_scalars
+        if sampled:
+            for host, arena in zip(frame.words, self._arenas, strict=True):
+                host.copy_(arena.words, non_blocking=True)
+                if arena.device.type == "cuda":
+                    frame.pending.add(arena.device)
+        self._copy_scalars(frame, device_scalars)
+        for device in frame.pending:
+            if device not in frame.events:
+                frame.events[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            frame.events[device].record(torch.cuda.current_stream(device))
+        self._full.put(frame)
+        return True
+
+    def next(self, timeout_s: float) -> Frame | None:
+        """The oldest frame, perhaps not ready yet; None after `timeout_s` without one, or when woken."""
+        try:
+            return self._full.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def give_back(self, frame: Frame) -> None:
+        """The frame may be used again."""
+        frame.pending.clear()
+        self._free.put(frame)
+
+    def wake(self) -> None:
+        """Let a waiting `next` return."""
+        self._full.put(None)
+
+    def _copy_scalars(self, frame: Frame, scalars: Mapping[str, torch.Tensor]) -> None:
+        by_device: dict[torch.device, list[str]] = {}
+        for name, tensor in scalars.items():
+            by_device.setdefault(tensor.device, []).append(name)
+        names: list[str] = []
+        for device, group in by_device.items():
+            values = torch.stack([scalars[name].detach().reshape(()).to(torch.float64) for name in group])
+            frame.device_values[len(names) : len(names) + len(group)].copy_(values, non_blocking=True)
+            frame.pending.add(device)
+            names += group
+        frame.device_names = tuple(names)
+
+    def _host_buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._on_cuda)

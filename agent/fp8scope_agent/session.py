@@ -1,0 +1,107 @@
+"""`attach`: the wiring of the agent's parts, and nothing else.
+
+model ─ adapters/native ─ arenas ─ ring ─ drain ─ recorder ─ spool ─ (process) sender ─ stream ─ collector
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+
+from . import __version__
+from . import config as configuration
+from .adapters import native
+from .drain import Drain
+from .environment import describe
+from .monitor import Monitor
+from .notices import Drops, Notices
+from .recorder import Recorder
+from .ring import Ring
+from .snapshot import Summary
+
+
+def attach(
+    model: nn.Module,
+    *,
+    run: str,
+    project: str = "",
+    collector: str | None = None,
+    spool_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    config: object = None,
+    tags: Sequence[str] = (),
+    notes: str = "",
+    every: int = 1,
+) -> Monitor:
+    """A monitor that records every Fp8Linear of `model` from now on; docs/agent.md explains each argument.
+
+    Call it once the model is converted and on its device, in every rank; then `Monitor.step` after each optimizer
+    step. With `every=N` the statistics of every N-th step are recorded, and only those are computed; scalars always
+    are. It needs no collector: what is recorded waits on disk.
+
+    Raises:
+        ValueError: an argument or an FP8SCOPE_* variable has no possible value.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    settings = configuration.resolve(
+        run=run,
+        project=project,
+        collector=collector,
+        spool_dir=spool_dir,
+        token=token,
+        rank=rank,
+        world_size=world_size,
+        config=config,
+        tags=tags,
+        notes=notes,
+        every=every,
+        distributed=_process_group(),
+    )
+    notices, drops = Notices(), Drops()
+    tap = native.bind(model)
+    if not tap.slots:
+        notices.warn(
+            "no slots",
+            f"{type(model).__name__} has no Fp8Linear: only scalars are recorded. Convert it first, with "
+            "fp8core.convert_to_fp8(model), and attach to what that returns.",
+        )
+    recorder = Recorder(
+        settings.spool_dir, _open_message(settings, tap), max_bytes=settings.spool_bytes, drops=drops, notices=notices
+    )
+    ring = Ring(tap.arenas)
+    drain = Drain(ring, recorder, tap.slots_of, Summary(tap.slots), settings, drops, notices)
+    return Monitor(tap, ring, drain, every=settings.every, addresses=settings.addresses, drops=drops, notices=notices)
+
+
+def _open_message(settings: configuration.Settings, tap: native.Tap) -> pb.Open:
+    return pb.Open(
+        run=settings.run,
+        project=settings.project,
+        rank=settings.rank,
+        world_size=settings.world_size,
+        source_uuid=str(uuid.uuid4()),
+        started_unix_ns=time.time_ns(),
+        agent_version=__version__,
+        slots=[slot.to_message() for slot in tap.slots],
+        config_json=settings.config_json,
+        environment=describe([arena.device for arena in tap.arenas]),
+        tags=settings.tags,
+        notes=settings.notes,
+    )
+
+
+def _process_group() -> tuple[int, int] | None:
+    """(rank, world size) of this process's torch.distributed group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return None

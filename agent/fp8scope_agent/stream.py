@@ -1,0 +1,190 @@
+"""One connection of the sender to one collector, from Open to its end; it says why it ended.
+
+The thread that calls `Stream.run` owns everything. gRPC reads requests from a queue and a second thread puts what
+the server says into another, so that a server that hangs can hold up neither: each wait here has a limit.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+
+from .delivery import Delivery
+
+_METHOD = "/fp8scope.v1.Telemetry/Stream"
+_CHANNEL_OPTIONS = (
+    ("grpc.use_local_subchannel_pool", 1),  # a new connection is a new attempt: the sender does the back-off
+    ("grpc.enable_http_proxy", 0),  # the collector stands in the training's own network
+    ("grpc.max_send_message_length", -1),
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. Tests shorten them."""
+
+    poll_s: float = 0.1  # how often the spool is looked at when nothing else happens
+    heartbeat_s: float = 5.0  # after this long without a message
+    opened_s: float = 10.0  # for the answer to Open
+    acked_s: float = 60.0  # for any answer while something is unacknowledged
+    drain_s: float = 2.0  # for the last acks of a server that goes down
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why a connection ended. `cause` is done, expired, draining, closed, silent, or the name of a gRPC status."""
+
+    cause: str
+    detail: str = ""
+    opened: bool = False  # whether the collector had accepted Open
+
+
+class Stream:
+    """One attempt to deliver a source to the collector at `address`."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None,
+        open_message: pb.Open,
+        delivery: Delivery,
+        timing: Timing,
+        nothing_comes: Callable[[], bool],
+        expired: Callable[[], bool],
+        progressed: Callable[[], None],
+    ) -> None:
+        """`nothing_comes`: the writer has ended. `expired`: stop now. `progressed`: called often while connected."""
+        self._address = address
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._open = open_message
+        self._delivery = delivery
+        self._timing = timing
+        self._nothing_comes = nothing_comes
+        self._expired = expired
+        self._progressed = progressed
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[pb.ServerMessage | Ended] = queue.SimpleQueue()
+        self._opened = False
+        self._draining = False
+        self._last_heard = self._last_sent = time.monotonic()
+        self._drops_sent: Mapping[str, int] = {}
+
+    def run(self) -> Ended:
+        """Deliver until there is nothing more to deliver, time is up, or the connection ends."""
+        with grpc.insecure_channel(self._address, options=_CHANNEL_OPTIONS) as channel:
+            method = channel.stream_stream(
+                _METHOD, request_serializer=_as_it_is, response_deserializer=pb.ServerMessage.FromString
+            )
+            call = method(self._requests(), metadata=self._metadata)
+            threading.Thread(target=self._receive, args=(call,), daemon=True).start()
+            try:
+                ended = self._exchange()
+            finally:
+                self._outgoing.put(None)
+                call.cancel()
+        return Ended(ended.cause, ended.detail, self._opened)
+
+    def _exchange(self) -> Ended:
+        self._open.sent_unix_ns = time.time_ns()
+        self._send(pb.ClientMessage(open=self._open).SerializeToString())
+        while True:
+            try:
+                message = self._incoming.get(timeout=self._timing.poll_s)
+            except queue.Empty:
+                message = None
+            if isinstance(message, Ended):
+                return message
+            if message is not None:
+                self._handle(message)
+            if self._draining:
+                return self._hang_up(Ended("draining", f"the collector at {self._address} is going down"))
+            if self._opened:
+                self._progressed()
+                ending = self._nothing_comes()
+                sent = self._send_records()
+                if self._delivery.finished or (ending and not sent and not self._delivery.pending):
+                    return self._hang_up(Ended("done"))
+                self._send_heartbeat()
+            if self._expired():
+                return Ended("expired")
+            silent_s = time.monotonic() - self._last_heard
+            if not self._opened and silent_s > self._timing.opened_s:
+                return Ended("silent", f"no answer to Open within {self._timing.opened_s:g} s")
+            if self._delivery.pending and silent_s > self._timing.acked_s:
+                return Ended("silent", f"no acknowledgement within {self._timing.acked_s:g} s")
+
+    def _handle(self, message: pb.ServerMessage) -> None:
+        self._last_heard = time.monotonic()
+        if message.window:
+            self._delivery.set_window(message.window)
+        body = message.WhichOneof("body")
+        if body == "opened":
+            self._delivery.resume(message.opened.up_to_seq)
+            self._opened = True
+        elif body == "ack":
+            self._delivery.acknowledge(message.ack.up_to_seq)
+        self._draining |= message.draining
+
+    def _send_records(self) -> bool:
+        """Send what the window allows; whether there was anything."""
+        sent = False
+        while (record := self._delivery.take()) is not None:
+            if len(self._delivery.pending) == 1:
+                self._last_heard = time.monotonic()  # no answer was owed until now
+            self._send(record.payload)
+            sent = True
+        return sent
+
+    def _send_heartbeat(self) -> None:
+        drops = self._delivery.dropped_rows
+        if time.monotonic() - self._last_sent < self._timing.heartbeat_s and drops == self._drops_sent:
+            return
+        heartbeat = pb.Heartbeat(
+            sent_unix_ns=time.time_ns(),
+            drops=[pb.Drop(reason=reason, rows=rows) for reason, rows in sorted(drops.items())],
+        )
+        self._send(pb.ClientMessage(heartbeat=heartbeat).SerializeToString())
+        self._drops_sent = drops
+
+    def _hang_up(self, ended: Ended) -> Ended:
+        """Close our half and take the acks that are still owed, for a bounded time."""
+        self._outgoing.put(None)
+        deadline = time.monotonic() + self._timing.drain_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                message = self._incoming.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if isinstance(message, Ended):
+                break
+            self._handle(message)
+        self._progressed()
+        return ended
+
+    def _send(self, data: bytes) -> None:
+        self._outgoing.put(data)
+        self._last_sent = time.monotonic()
+
+    def _requests(self) -> Iterator[bytes]:
+        while (data := self._outgoing.get()) is not None:
+            yield data
+
+    def _receive(self, call: Iterator[pb.ServerMessage]) -> None:
+        try:
+            for message in call:
+                self._incoming.put(message)
+            self._incoming.put(Ended("closed", f"the collector at {self._address} closed the stream"))
+        except grpc.RpcError as error:
+            self._incoming.put(Ended(error.code().name.lower(), error.details() or ""))
+
+
+def _as_it_is(data: bytes) -> bytes:
+    return data

@@ -1,0 +1,186 @@
+"""A collector with real behaviour, kept in memory: one gRPC server, commits before it acknowledges.
+
+It stores what a collector would store, keyed as a database would key it, so that a row that came twice or never shows.
+It can be told to hang, to be slow, to refuse, to drain and to die. `python fake_collector.py PORT` runs it by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import zstandard
+from fp8core.records import FIELDS
+
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+from fp8scope_protos.v1 import telemetry_pb2_grpc
+
+_DTYPES = {"float32": "<f4", "float64": "<f8", "uint64": "<u8"}
+
+
+@dataclass
+class Source:
+    """What is stored of one source."""
+
+    open: pb.Open
+    up_to_seq: int = 0
+    rows: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)  # by (step, slot)
+    duplicate_rows: int = 0
+    scalars: dict[tuple[str, int], float] = field(default_factory=dict)  # by (name, step)
+    drops: dict[str, int] = field(default_factory=dict)
+    finish: pb.Finish | None = None
+    opens: int = 0
+    heartbeats: int = 0
+    resent: int = 0
+
+
+@dataclass
+class Behaviour:
+    """How the server behaves from now on."""
+
+    token: str | None = None
+    hang: bool = False  # reads nothing, answers nothing
+    hang_after_open: bool = False  # accepts Open, acknowledges nothing
+    commit_s: float = 0.0  # a slow database
+    drop_stream_after: int | None = None  # ends the stream after so many commits, before the acknowledgement
+    refuse: Callable[[pb.StatsBatch], str | None] = lambda batch: None  # why a batch is malformed
+    refuse_code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
+    refuse_open: tuple[grpc.StatusCode, str] | None = None
+    draining: bool = False
+    window: int = 8
+
+
+class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
+    def __init__(self, port: int = 0, *, behaviour: Behaviour | None = None) -> None:
+        self.behaviour = behaviour or Behaviour()
+        self.sources: dict[str, Source] = {}
+        self.most_in_flight = 0
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+        self._port = port
+        self._server: grpc.Server | None = None
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def source(self) -> Source:
+        (only,) = self.sources.values()
+        return only
+
+    def start(self) -> None:
+        self._released.clear()
+        self._server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+        telemetry_pb2_grpc.add_TelemetryServicer_to_server(self, self._server)
+        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._server.start()
+
+    def die(self) -> None:
+        """Go away at once, streams and all; what is committed stays, as in a database."""
+        self._released.set()
+        if self._server is not None:
+            self._server.stop(grace=None).wait(5)
+        self._server = None
+
+    def wait_for(self, condition: Callable[[Source], bool], timeout_s: float = 20.0) -> Source:
+        """Wait until the only source satisfies `condition`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with self._lock:
+                if len(self.sources) == 1 and condition(self.source):
+                    return self.source
+            time.sleep(0.01)
+        raise AssertionError(f"it did not come within {timeout_s} s; stored: {self.sources}")
+
+    def Stream(  # noqa: N802
+        self, request_iterator: Iterator[pb.ClientMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.ServerMessage]:
+        behaviour = self.behaviour
+        if behaviour.hang:
+            self._released.wait(30)
+            return
+        if behaviour.token is not None:
+            metadata = dict(context.invocation_metadata())
+            if metadata.get("authorization") != f"Bearer {behaviour.token}":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is unknown")
+        first = next(request_iterator).open
+        if behaviour.refuse_open is not None:
+            context.abort(*behaviour.refuse_open)
+        with self._lock:
+            source = self.sources.setdefault(first.source_uuid, Source(first))
+            source.opens += 1
+            opened = pb.Opened(incarnation=first.incarnation, up_to_seq=source.up_to_seq)
+        yield pb.ServerMessage(opened=opened, window=behaviour.window)
+        commits = 0
+        for message in request_iterator:
+            if self.behaviour.hang_after_open:
+                self._released.wait(30)
+                return
+            body = message.WhichOneof("body")
+            if body == "heartbeat":
+                with self._lock:
+                    source.heartbeats += 1
+                    source.drops.update({drop.reason: drop.rows for drop in message.heartbeat.drops})
+                continue
+            if body == "stats":
+                why = self.behaviour.refuse(message.stats)
+                if why is not None:
+                    context.abort(self.behaviour.refuse_code, why)
+            time.sleep(self.behaviour.commit_s)
+            with self._lock:
+                self._commit(source, message)
+            commits += 1
+            if commits == self.behaviour.drop_stream_after:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+            yield pb.ServerMessage(ack=pb.Ack(up_to_seq=source.up_to_seq), draining=self.behaviour.draining)
+            if self.behaviour.draining:
+                return
+
+    def _commit(self, source: Source, message: pb.ClientMessage) -> None:
+        body = message.WhichOneof("body")
+        assert body in ("stats", "finish"), body
+        seq = getattr(message, body).seq
+        if seq <= source.up_to_seq:
+            source.resent += 1
+            return
+        source.up_to_seq = seq
+        if body == "finish":
+            assert source.finish is None
+            source.finish = message.finish
+            source.drops.update({drop.reason: drop.rows for drop in message.finish.drops})
+            return
+        batch = message.stats
+        source.drops.update({drop.reason: drop.rows for drop in batch.drops})
+        for scalar in batch.scalars:
+            assert (scalar.name, scalar.step) not in source.scalars
+            source.scalars[scalar.name, scalar.step] = scalar.value
+        columns = decode_columns(batch)
+        for index in range(batch.rows):
+            key = int(columns["step"][index]), int(columns["slot"][index])
+            source.duplicate_rows += key in source.rows
+            source.rows[key] = {field.name: columns[field.name][index] for field in FIELDS}
+
+
+def decode_columns(batch: pb.StatsBatch) -> dict[str, np.ndarray]:
+    """The columns of a batch, checked as a collector would."""
+    data = batch.columns
+    if batch.compression == pb.COMPRESSION_ZSTD:
+        data = zstandard.ZstdDecompressor().decompress(data, max_output_size=batch.columns_bytes)
+    else:
+        assert batch.compression == pb.COMPRESSION_NONE
+    assert len(data) == batch.columns_bytes
+    assert zlib.crc32(data) == batch.columns_crc32
+    message = pb.StatsColumns.FromString(data)
+    columns = {"step": np.frombuffer(message.step, "<u8"), "slot": np.frombuffer(message.slot, "<u4")}
+    for entry in FIELDS:
+        columns[entry.name] = np.frombuffer(getattr(message, entry.name), _DTYPES[entry.dtype])
+    assert {len(column) for column in columns.values()} == {batch.rows}
+    return columns
