@@ -67,7 +67,7 @@ class Source:
     up_to_seq: int
     finished: bool
     run_slot: npt.NDArray[np.int64]  # number of the slot in the run
-    role: npt.NDArray[np.str_]
+    role: npt.NDArray[np.int8]  # index into tuple(Role)
     log2_max: npt.NDArray[np.float64]  # log2 of the largest finite value of the slot's format
 
 

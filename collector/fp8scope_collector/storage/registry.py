@@ -15,6 +15,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from fp8core.formats import FORMATS
+from fp8core.records import Role
 from fp8scope_collector.messages import Opening, Source, run_label
 from fp8scope_collector.storage import schema
 
@@ -41,6 +42,7 @@ def register(connection: sa.Connection, insert: Insert, opening: Opening, *, now
     )
     run_slot = _intern_slots(connection, opening, run_id)
     _record_recipes(connection, opening, run_id, known.incarnation, run_slot)
+    roles = tuple(Role)
     return Source(
         id=known.id,
         run_id=run_id,
@@ -50,7 +52,7 @@ def register(connection: sa.Connection, insert: Insert, opening: Opening, *, now
         up_to_seq=known.up_to_seq,
         finished=known.outcome is not None,
         run_slot=np.array(run_slot, np.int64),
-        role=np.array([spec.role.value for spec in opening.slots], np.str_),
+        role=np.array([roles.index(spec.role) for spec in opening.slots], np.int8),
         log2_max=np.log2([FORMATS[spec.format].max for spec in opening.slots]),
     )
 

@@ -26,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
 from fp8scope_collector.storage.registry import Insert, register
 
 _COLUMNS = ("source_id", "step", "slot", *(field.name for field in FIELDS))
@@ -105,6 +106,11 @@ class StatsWriter:
                 [{"source_id": source_id, "now": seen[source_id].unix_ns} for source_id in known],
             )
             self._write_drops(connection, ((source_id, seen[source_id].drops) for source_id in known))
+
+    def overview(self, limit: int) -> tuple[list[RunState], int]:
+        """The runs seen last, and the size of the database in bytes."""
+        with self._engine.begin() as connection:
+            return recent_runs(connection, limit=limit), database_bytes(connection)
 
     def _lock(self, source_ids: Iterable[int]) -> sa.Select[int, int]:
         """Selects the sources' watermarks and locks their rows (SQLite has locked everything at BEGIN IMMEDIATE)."""

@@ -1,0 +1,174 @@
+"""The command `fp8scope`: run a collector, list runs, export one, open the dashboard.
+
+Each option can be given by an environment variable too. What a user can cause ends in one sentence and exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import importlib.util
+import json
+import os
+import sys
+import time
+from typing import Annotated
+
+import sqlalchemy as sa
+import structlog
+import typer
+
+from fp8scope_collector.config import ConfigError, parse_address, serve_config
+from fp8scope_collector.export import EmptyRunError, Format, write_rows
+from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
+from fp8scope_collector.storage.reader import Reader, RunNotFound, RunSummary
+
+app = typer.Typer(
+    help="Watches FP8 training: stores what agents send, exports it, shows it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Database = Annotated[
+    str, typer.Option("--db", envvar="FP8SCOPE_DB", help="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE")
+]
+Run = Annotated[str, typer.Argument(help="A run's name, or project/name.")]
+
+
+def main() -> None:
+    """Runs the command line; what the user can put right is said in one sentence."""
+    try:
+        app()
+    except BrokenPipeError:  # `fp8scope export ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except sa.exc.DBAPIError as error:
+        _fail(f"the database failed: {' '.join(str(error.orig).split())}")
+    except (StorageError, ConfigError, RunNotFound, EmptyRunError) as error:
+        _fail(str(error))
+
+
+def _fail(sentence: str) -> None:
+    print(f"fp8scope: {sentence}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from fp8scope_collector.server import VERSION
+
+        typer.echo(f"fp8scope {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    db: Database = DEFAULT_URL,
+    grpc: Annotated[
+        str, typer.Option(envvar="FP8SCOPE_GRPC", metavar="HOST:PORT", help="Where agents connect.")
+    ] = "127.0.0.1:4327",
+    metrics: Annotated[
+        str, typer.Option(envvar="FP8SCOPE_METRICS", metavar="HOST:PORT", help="Where /metrics and /healthz are.")
+    ] = "127.0.0.1:9464",
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            envvar="FP8SCOPE_INSECURE",
+            help="Allow other addresses than this machine's own, without TLS or tokens: for a private network.",
+        ),
+    ] = False,
+) -> None:
+    """Run a collector: take what agents send and store it durably."""
+    from fp8scope_collector.server import serve as run_server
+
+    config = serve_config(db=db, grpc=grpc, metrics=metrics, insecure=insecure)
+    _log_to_stderr()
+    asyncio.run(run_server(config, lambda line: print(line, flush=True)))
+
+
+@app.command()
+def runs(
+    db: Database = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+) -> None:
+    """List the runs, the one heard from last first."""
+    found = Reader(db).runs()
+    if as_json:
+        typer.echo(json.dumps([{"run": run.ref} | dataclasses.asdict(run) for run in found], indent=2))
+    else:
+        _print_table(found)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[str, typer.Option("--out", help="The file to write, replaced when complete; - is standard output.")],
+    db: Database = DEFAULT_URL,
+    file_format: Annotated[Format, typer.Option("--format", help="csv or parquet.")] = "csv",
+) -> None:
+    """Write all rows of a run to a file."""
+    reader = Reader(db)
+    rows = write_rows(reader.rows(reader.run(run).id), file_format, out)
+    print(f"{rows:,} rows of {run} written to {'standard output' if out == '-' else out}", file=sys.stderr)
+
+
+@app.command()
+def dashboard(
+    db: Database = DEFAULT_URL,
+    listen: Annotated[
+        str, typer.Option(envvar="FP8SCOPE_LISTEN", metavar="HOST:PORT", help="Where the browser connects.")
+    ] = "127.0.0.1:8501",
+) -> None:
+    """Open the dashboard (the package fp8scope-dashboard)."""
+    address = parse_address("--listen", listen)
+    if importlib.util.find_spec("fp8scope_dashboard") is None:
+        raise ConfigError("the dashboard is not installed; run `pip install fp8scope-dashboard`")
+    command = [sys.executable, "-m", "fp8scope_dashboard", "--db", db, "--listen", str(address)]
+    os.execv(sys.executable, command)
+
+
+def _log_to_stderr() -> None:
+    """One line an event: for people on a terminal, else JSON, in which no name can forge a line."""
+    renderer: structlog.types.Processor = structlog.processors.JSONRenderer()
+    if sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _print_table(found: list[RunSummary]) -> None:
+    rows = [("RUN", "STATE", "STEPS", "ROWS", "RANKS", "DROPPED", "LAST SEEN", "TAGS")]
+    for run in found:
+        steps = "" if run.last_step is None else f"{run.first_step}-{run.last_step}"
+        seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.last_seen_unix_ns / 1e9))
+        ranks = f"{run.ranks}/{run.world_size}"
+        rows.append(
+            (run.ref, run.state, steps, f"{run.rows:,}", ranks, f"{run.dropped_rows:,}", seen, " ".join(run.tags))
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

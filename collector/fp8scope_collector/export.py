@@ -1,0 +1,83 @@
+"""Writes all rows of a run as CSV or Parquet, in bounded memory, under the file's name only when it is complete.
+
+A CSV cell that a spreadsheet would take for a formula gets an apostrophe in front: layer names come from training jobs.
+Floats are in the shortest form that reads back as the same number; a null is an empty cell.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+Format = Literal["csv", "parquet"]
+
+
+class _Writer(Protocol):
+    def write_batch(self, batch: pa.RecordBatch) -> None: ...
+
+
+class EmptyRunError(Exception):
+    """There is nothing to export."""
+
+
+def write_rows(batches: Iterator[pa.RecordBatch], file_format: Format, out: str) -> int:
+    """Writes `batches`, of one schema, to the file `out`, or to standard output for "-"; returns the number of rows.
+
+    Raises:
+        EmptyRunError: there are none.
+        OSError: the file cannot be written; what was there before is unchanged.
+    """
+    first = next(batches, None)
+    if first is None:
+        raise EmptyRunError("the run has no rows yet; nothing was written")
+    rows = 0
+    with _target(out) as file, _writer(file_format, file, first.schema) as writer:
+        while first is not None:
+            writer.write_batch(_without_formulas(first) if file_format == "csv" else first)
+            rows += first.num_rows
+            first = next(batches, None)
+    return rows
+
+
+@contextmanager
+def _target(out: str) -> Iterator[BinaryIO]:
+    if out == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = Path(out)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _writer(file_format: Format, file: BinaryIO, schema: pa.Schema) -> AbstractContextManager[_Writer]:
+    if file_format == "csv":
+        options = pyarrow.csv.WriteOptions(quoting_header="none")
+        writer: AbstractContextManager[_Writer] = pyarrow.csv.CSVWriter(file, schema, write_options=options)
+    else:
+        writer = pyarrow.parquet.ParquetWriter(file, schema, compression="zstd")
+    return writer
+
+
+def _without_formulas(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = []
+    for column in batch.columns:
+        if pa.types.is_string(column.type):
+            formula = pc.match_substring_regex(column, r"^[=+\-@\t\r]")
+            column = pc.if_else(formula, pc.binary_join_element_wise("'", column, ""), column)
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)

@@ -1,0 +1,241 @@
+"""The collector as a process: a gRPC server for agents, an HTTP server for Prometheus, one writer behind both.
+
+`serve` is the wiring and the order of starting and stopping. `TelemetryService` is one stream's life: open, read what
+the queue has room for, acknowledge what is committed. Before a stream is refused for a malformed message everything
+that it sent earlier is committed and acknowledged, so the first message without an acknowledgement is the bad one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TypeAlias
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fp8scope_collector.config import ConfigError, ServeConfig
+from fp8scope_collector.decode import RefusedError, decode_drops, decode_finish, decode_open, decode_stats
+from fp8scope_collector.exposition import MetricsServer
+from fp8scope_collector.ingest import Ingest, Lane
+from fp8scope_collector.limits import Limits
+from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.metrics import Metrics
+from fp8scope_collector.storage.engine import display_url, migrate, open_engine
+from fp8scope_collector.storage.registry import ContradictionError
+from fp8scope_collector.storage.writer import StatsWriter
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
+
+STREAMS_END_S = 3.0  # from a signal until streams are cut
+WRITER_ENDS_S = 1.5  # from then until what the database did not take is given up; agents send it again
+
+VERSION = version("fp8scope-collector")
+Context: TypeAlias = "grpc.aio.ServicerContext[pb.ClientMessage, pb.ServerMessage]"
+log = structlog.get_logger()
+
+
+async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
+    """Runs a collector until SIGTERM or SIGINT; `announce` gets one line when agents may come.
+
+    Raises:
+        StorageError: the database cannot be used.
+        ConfigError: an address is taken.
+    """
+    engine = open_engine(config.db)
+    try:
+        migrate(engine)
+        metrics = Metrics(VERSION)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        http = _listen_http(config, metrics, stop)
+        ingest = Ingest(StatsWriter(engine), metrics, config.limits)
+        service = TelemetryService(ingest, metrics, config.limits)
+        try:
+            server, serving, port = await _listen_grpc(config, service)
+            grpc_address = f"{str(config.grpc).rpartition(':')[0]}:{port}"
+            http_address = f"{str(config.metrics).rpartition(':')[0]}:{http.port}"
+            announce(
+                f"fp8scope collector: grpc {grpc_address}, metrics http://{http_address}/metrics, "
+                f"database {display_url(engine.url)}"
+            )
+            await stop.wait()
+            log.info("draining", streams=service.open_streams)
+            await serving.enter_graceful_shutdown()
+            service.drain()
+            await server.stop(grace=STREAMS_END_S)
+        finally:
+            if not await ingest.close(WRITER_ENDS_S):
+                log.warning("the database did not take everything; agents will send it again")
+            http.close()
+    finally:
+        engine.dispose()
+
+
+def _listen_http(config: ServeConfig, metrics: Metrics, stop: asyncio.Event) -> MetricsServer:
+    def unready() -> str:
+        if stop.is_set():
+            return "draining"
+        return "" if metrics.database_up else "the database does not take what is written"
+
+    try:
+        return MetricsServer(config.metrics.host, config.metrics.port, metrics, unready)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on --metrics {config.metrics}: {error.strerror or error}") from None
+
+
+async def _listen_grpc(
+    config: ServeConfig, service: TelemetryService
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", config.limits.message_bytes),
+            ("grpc.so_reuseport", 0),  # two collectors on one port would share its agents unnoticed
+            ("grpc.keepalive_time_ms", 30_000),  # a host that vanished ends its streams within a minute
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # what agents may ping
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    )
+    pb_grpc.add_TelemetryServicer_to_server(service, server)  # type: ignore[no-untyped-call]  # generated
+    serving = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(serving, server)
+    try:
+        port = server.add_insecure_port(str(config.grpc))
+    except RuntimeError:
+        raise ConfigError(
+            f"cannot listen on --grpc {config.grpc}: the address is taken or not of this machine"
+        ) from None
+    await server.start()
+    for name in ("", pb.DESCRIPTOR.services_by_name["Telemetry"].full_name):
+        await serving.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server, serving, port
+
+
+class TelemetryService(pb_grpc.TelemetryServicer):
+    """Streams of agents."""
+
+    def __init__(self, ingest: Ingest, metrics: Metrics, limits: Limits) -> None:
+        self._ingest = ingest
+        self._metrics = metrics
+        self._limits = limits
+        self._lanes: set[Lane] = set()
+        self._draining = False
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that have a source."""
+        return len(self._lanes)
+
+    def drain(self) -> None:
+        """Stops reading from all streams; each ends when what it is owed is acknowledged."""
+        self._draining = True
+        for lane in self._lanes:
+            lane.changed.set()
+
+    async def Stream(self, request_iterator: object, context: Context) -> None:  # noqa: N802  # the RPC's name
+        """One source's stream, until the client ends it or the collector drains."""
+        self._metrics.observe_streams(+1)
+        try:
+            source = await self._open(context)
+            if source is not None:
+                await self._converse(context, source)
+        except RefusedError as refused:
+            log.warning("refused", peer=context.peer(), code=refused.code.name, reason=str(refused))
+            await context.abort(refused.code, str(refused))
+        finally:
+            self._metrics.observe_streams(-1)
+
+    async def _open(self, context: Context) -> Source | None:
+        """Reads `Open` and registers the source; None where the client leaves before."""
+        if (message := await _next(context)) is None:
+            return None
+        if message.WhichOneof("body") != "open":
+            raise RefusedError(f"the first message is {message.WhichOneof('body')}; expected open")
+        opening = decode_open(message.open, self._limits)
+        try:
+            return await self._ingest.register(opening)
+        except ContradictionError as error:
+            raise RefusedError(str(error), grpc.StatusCode.FAILED_PRECONDITION) from None
+
+    async def _converse(self, context: Context, source: Source) -> None:
+        """Reads in a task of its own; here acknowledgements leave as commits come in."""
+        opened = pb.Opened(incarnation=source.incarnation, up_to_seq=source.up_to_seq, server_version=VERSION)
+        await context.write(pb.ServerMessage(opened=opened, window=self._limits.window))
+        lane = Lane(source)
+        self._lanes.add(lane)
+        log.info("opened", run=source.run, rank=source.rank, incarnation=source.incarnation, up_to_seq=source.up_to_seq)
+        reading = asyncio.create_task(self._read(context, lane))
+        reading.add_done_callback(lambda _: lane.changed.set())
+        try:
+            await self._acknowledge(context, lane, reading)
+        finally:
+            self._lanes.discard(lane)
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, RefusedError):
+                await reading
+            log.info("closed", run=source.run, rank=source.rank, up_to_seq=lane.up_to_seq)
+
+    async def _acknowledge(self, context: Context, lane: Lane, reading: asyncio.Task[None]) -> None:
+        acknowledged = lane.source.up_to_seq
+        told = False
+        while True:
+            if self._draining and not told:
+                reading.cancel()
+                await context.write(pb.ServerMessage(draining=True))
+                told = True
+            if lane.up_to_seq > acknowledged:
+                acknowledged = lane.up_to_seq
+                await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged)))
+            if lane.failure:
+                raise lane.failure
+            if reading.done() and not lane.owed and lane.up_to_seq == acknowledged:
+                break
+            await lane.changed.wait()
+            lane.changed.clear()
+        if not reading.cancelled():
+            reading.result()  # raises what was wrong with the last message
+
+    async def _read(self, context: Context, lane: Lane) -> None:
+        """Queues what the client sends, until it is done. Waits, not reading, while the queue is full."""
+        last_seq, finished = 0, lane.source.finished
+        while (message := await _next(context)) is not None:
+            kind = message.WhichOneof("body")
+            if kind == "heartbeat":
+                self._ingest.sign_of_life(lane.source, decode_drops(message.heartbeat.drops, self._limits))
+                continue
+            wire_bytes = message.ByteSize()
+            try:
+                batch = self._decode(message, kind, lane.source)
+                if batch.seq <= last_seq:
+                    raise RefusedError(f"seq {batch.seq}: came after seq {last_seq}; expected a greater number")
+                if finished and batch.seq > lane.up_to_seq:
+                    raise RefusedError(
+                        f"seq {batch.seq}: the source has finished; expected no more of it",
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                    )
+            except RefusedError:
+                self._metrics.observe_batch("refused", wire_bytes=wire_bytes)
+                raise
+            last_seq, finished = batch.seq, finished or batch.ending is not None
+            await self._ingest.put(batch, wire_bytes, lane)
+
+    def _decode(self, message: pb.ClientMessage, kind: str | None, source: Source) -> Batch:
+        if kind == "stats":
+            return decode_stats(message.stats, source, self._limits)
+        if kind == "finish":
+            return decode_finish(message.finish, source, self._limits)
+        if kind == "open":
+            raise RefusedError("open came a second time; expected stats, finish or heartbeat")
+        raise RefusedError("the message is empty; expected stats, finish or heartbeat")
+
+
+async def _next(context: Context) -> pb.ClientMessage | None:
+    """The client's next message, or None when it sends no more."""
+    message: object = await context.read()
+    return message if isinstance(message, pb.ClientMessage) else None
