@@ -15,7 +15,7 @@ from fp8core.scaling import scale_exp2_from_amax
 
 if TYPE_CHECKING:
     from fp8core.capabilities import capability
-    from fp8core.convert import convert_to_fp8
+    from fp8core.convert import Override, convert_to_fp8
     from fp8core.linear import Fp8Linear
     from fp8core.stats import StatsArena
 
@@ -35,6 +35,7 @@ __all__ = [
     "FormatPair",
     "Fp8Format",
     "Fp8Linear",
+    "Override",
     "StatsArena",
     "capability",
     "convert_to_fp8",
@@ -46,6 +47,7 @@ _NEEDS_TORCH = {
     "capability": "fp8core.capabilities",
     "convert_to_fp8": "fp8core.convert",
     "Fp8Linear": "fp8core.linear",
+    "Override": "fp8core.convert",
     "StatsArena": "fp8core.stats",
 }
 

@@ -6,14 +6,12 @@ Shapes: B rows (tokens), K in_features, N out_features. A quantised tensor is q 
     dgrad   dx_BK = dy_BN @ w_NK       E5M2 x E4M3     q_dy, q_w
     wgrad   dw_NK = dy_BN.T @ x_BK     E5M2 x E4M3     q_dy, q_x
 
-(the formats of HYBRID). Three tensors are cast in a step, each once: x and w in the forward, saved in FP8 for the
-backward, and dy in the backward, for two GEMMs. The gradient passes through the casts as if they were not there
-(straight-through), saturated elements included. The bias and its gradient, a sum over dy's rows in float32, stay
-in high precision.
+(the formats of HYBRID). In a step each of x, w and dy gets one scale. x is cast in the forward and saved in FP8 for
+wgrad; dy is cast in the backward, for two GEMMs. Of w only the scale is saved: dgrad casts it again, with that scale
+and so to the same bits, in one pass over it. A saved q_w would cost a byte for every parameter from forward to
+backward, and under FSDP2 keep a copy of every gathered weight alive (docs/adr/0004).
 
-With `requantize_weight` the weight itself is saved instead of q_w, and cast again in the backward to the same bits.
-FSDP2 needs that: it frees the gathered weight after the forward, and a saved q_w would keep a copy of every
-weight alive until the backward (docs/adr/0004).
+The gradient passes through the casts as if they were not there (straight-through), clipped elements included.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import fp8core.quantize  # noqa: F401  # defines the operation
 from fp8core.matmul import scaled_mm
+from fp8core.quantize import recast
 
 
 class Cast(NamedTuple):
@@ -52,7 +50,6 @@ def fp8_matmul(
     *,
     out_dtype: torch.dtype,
     power_of_two: bool,
-    requantize_weight: bool = False,
 ) -> Tensor:
     """x_BK @ w_NK.T in `out_dtype`, by FP8 GEMMs in forward and backward.
 
@@ -60,7 +57,7 @@ def fp8_matmul(
     in the dtypes of x and w.
     """
     y_BN: Tensor = _Fp8Matmul.apply(  # type: ignore[no-untyped-call]  # torch's own signature
-        x_BK, w_NK, casts, out_dtype, power_of_two, requantize_weight
+        x_BK, w_NK, casts, out_dtype, power_of_two
     )
     return y_BN
 
@@ -74,25 +71,27 @@ class _Fp8Matmul(torch.autograd.Function):
         casts: tuple[Cast, Cast, Cast],
         out_dtype: torch.dtype,
         power_of_two: bool,
-        requantize_weight: bool,
     ) -> Tensor:
         cast_x, cast_w, cast_dy = casts
         q_x_BK, s_x = cast_x(x_BK)
         q_w_NK, s_w = cast_w(w_NK)
-        ctx.save_for_backward(q_x_BK, s_x, *((w_NK,) if requantize_weight else (q_w_NK, s_w)))
-        ctx.cast_w, ctx.cast_dy = cast_w, cast_dy
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            *((w_NK, s_w) if needs_dx else (None, None)), *((q_x_BK, s_x) if needs_dw else (None, None))
+        )
+        ctx.cast_dy, ctx.w_fmt = cast_dy, cast_w.fmt
         ctx.x_dtype, ctx.w_dtype, ctx.power_of_two = x_BK.dtype, w_NK.dtype, power_of_two
         return scaled_mm(q_x_BK, q_w_NK.t(), s_x, s_w, out_dtype=out_dtype, power_of_two=power_of_two, fast_accum=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BN: Tensor) -> tuple[Tensor | None, ...]:
-        q_x_BK, s_x, *saved_w = ctx.saved_tensors
+        w_NK, s_w, q_x_BK, s_x = ctx.saved_tensors
         q_dy_BN, s_dy = ctx.cast_dy(dy_BN)
         dx_BK = dw_NK = None
         if ctx.needs_input_grad[0]:
-            q_w_NK, s_w = saved_w if len(saved_w) == 2 else ctx.cast_w(*saved_w)
+            q_w_NK = recast(w_NK, s_w, ctx.w_fmt)
             dx_BK = scaled_mm(q_dy_BN, q_w_NK, s_dy, s_w, out_dtype=ctx.x_dtype, power_of_two=ctx.power_of_two)
         if ctx.needs_input_grad[1]:
             dw_NK = scaled_mm(q_dy_BN.t(), q_x_BK, s_dy, s_x, out_dtype=ctx.w_dtype, power_of_two=ctx.power_of_two)
-        return dx_BK, dw_NK, None, None, None, None
+        return dx_BK, dw_NK, None, None, None

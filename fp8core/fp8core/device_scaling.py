@@ -44,25 +44,37 @@ def _usable(amax: Tensor) -> Tensor:
     return torch.isfinite(amax) & (amax > 0)
 
 
-def new_state(recipe: DelayedScaling, device: torch.device | None = None) -> Tensor:
-    """The state of one tensor under delayed scaling, float32 [2 + history_len].
+def new_state(recipe: DelayedScaling, device: torch.device | str | None = None) -> Tensor:
+    """The state of one tensor under delayed scaling before its first cast, int32 [2 + history_len].
 
-    Word 0 is the scale of the next cast, word 1 the scale of the last one (a recomputed forward must repeat it), the
-    rest the amaxes seen, newest first.
+    The words are float32 bit patterns, so that `module.to(dtype)` leaves them alone. Word 0 is the scale of the next
+    cast, word 1 that of the last one (a recomputed forward repeats it), the rest the amaxes seen, newest first.
     """
     state = torch.zeros(2 + recipe.history_len, device=device)
     state[:2] = 1.0
-    return state
+    return state.view(torch.int32)
+
+
+def next_scale(state: Tensor) -> Tensor:
+    """The scale of the next cast."""
+    return state[0].view(torch.float32)
+
+
+def last_scale(state: Tensor) -> Tensor:
+    """The scale of the last cast."""
+    return state[1].view(torch.float32)
 
 
 def delayed_update(state: Tensor, amax: Tensor, fmt: Fp8Format, recipe: DelayedScaling) -> Tensor:
     """`state` after a cast whose amax was `amax`; the rules of `scaling.delayed_update`."""
-    scale, history = state[0], state[2:]
+    words = state.view(torch.float32)
+    scale, history = words[0], words[2:]
     rolled = torch.cat([amax.reshape(1), history[:-1]])
     reference = amax if recipe.algo == "most_recent" else torch.where(rolled.isnan(), 0.0, rolled).amax()
     fresh = current_scale(reference, fmt, margin=recipe.margin_bits, round_down=recipe.power_of_two)
-    next_scale = torch.where(_usable(reference) & (amax != 0), fresh, scale)
-    return torch.cat([next_scale.reshape(1), scale.reshape(1), torch.where(amax == 0, history, rolled)])
+    scale_after = torch.where(_usable(reference) & (amax != 0), fresh, scale)
+    history_after = torch.where(amax == 0, history, rolled)
+    return torch.cat([scale_after.reshape(1), scale.reshape(1), history_after]).view(torch.int32)
 
 
 def just_in_time_scale(recipe: Recipe, role: Role, amax: Tensor, fmt: Fp8Format) -> Tensor:

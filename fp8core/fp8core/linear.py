@@ -11,6 +11,7 @@ weights dw stays the float32 sum that the GEMM computed. A bias is added in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +74,6 @@ class Fp8Linear(nn.Linear):
         self._cast_texts = {
             role: (repr(self.recipe_by_role[role]), role.value, self.format_by_role[role].name) for role in Role
         }
-        self.requantize_weight = False
         for role in Role:
             own = self.recipe_by_role[role]
             state = new_state(own, self.weight.device) if isinstance(own, DelayedScaling) else None
@@ -107,17 +107,23 @@ class Fp8Linear(nn.Linear):
         return self.format_by_role[role].name, self.recipe_by_role[role].margin(role)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x @ w.T + b for x [..., in_features]."""
+        """x @ w.T + b for x [..., in_features].
+
+        Raises:
+            ValueError: x has another number of features.
+        """
+        *leading, features = x.shape
+        if features != self.weight.shape[1]:
+            raise ValueError(f"x is {list(x.shape)}; expected {self.weight.shape[1]} features in the last dimension")
         device_type = x.device.type
         out_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
         y = fp8_matmul(
-            x.reshape(-1, x.shape[-1]),
+            x.reshape(math.prod(leading), features),
             self.weight,
             (self._cast(Role.INPUT), self._cast(Role.WEIGHT), self._cast(Role.GRAD_OUTPUT)),
             out_dtype=out_dtype,
             power_of_two=self.power_of_two,
-            requantize_weight=self.requantize_weight,
-        ).view(*x.shape[:-1], self.weight.shape[0])
+        ).view(*leading, self.weight.shape[0])
         return y if self.bias is None else y + self.bias.to(out_dtype)
 
     def _cast(self, role: Role) -> Cast:
@@ -135,6 +141,25 @@ class Fp8Linear(nn.Linear):
     def extra_repr(self) -> str:
         """`nn.Linear`'s, and recipe and formats."""
         return f"{super().extra_repr()}, recipe={self.recipe!r}, formats={self.formats}"
+
+    def reset_parameters(self) -> None:
+        """New random parameters, as `nn.Linear`'s, and no history."""
+        super().reset_parameters()
+        for name, state in self._buffers.items():
+            if name.startswith("fp8_state_") and state is not None:
+                state.zero_()
+                state[:2].view(torch.float32).fill_(1.0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint of nn.Linear, or of another recipe, has no amax history, or one that is not wanted.
+        for role in Role:
+            name = f"fp8_state_{role}"
+            state = self._buffers[name]
+            if state is None:
+                state_dict.pop(prefix + name, None)
+            else:
+                state_dict.setdefault(prefix + name, state)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a module (deepcopy, pickle) is another layer: it must not write into this one's rows.

@@ -77,7 +77,8 @@ def emulated_mm(
 ) -> Tensor:
     """The product without FP8 hardware; `fast` takes the bfloat16 path, whose conditions are the caller's to check."""
     compute_dtype = torch.bfloat16 if fast else torch.float32
-    product = _dequantize(a_MK, compute_dtype) @ _dequantize(b_KN, compute_dtype)
+    with torch._C._DisableAutocast():  # it reaches into the bodies of operations and would round to bfloat16 here
+        product = _dequantize(a_MK, compute_dtype) @ _dequantize(b_KN, compute_dtype)
     return product.mul_(inverse_of_product(scale_a, scale_b)).to(out_dtype)
 
 
@@ -118,13 +119,13 @@ def _tensor_core_mm(
     a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool
 ) -> Tensor:
     M, N = a_MK.shape[0], b_KN.shape[1]
-    a_MK = _padded_rows_of_16(a_MK.contiguous(), rows=False)
-    b_NK = _padded_rows_of_16(b_KN.t().contiguous(), rows=True)
+    a_MK = _padded_to_16(a_MK.contiguous(), rows=False)
+    b_NK = _padded_to_16(b_KN.t().contiguous(), rows=True)
     out_MN = _call_tensor_cores(a_MK, b_NK.t(), scale_a.reciprocal(), scale_b.reciprocal(), out_dtype, fast_accum)
     return out_MN if out_MN.shape == (M, N) else out_MN[:M, :N].contiguous()
 
 
-def _padded_rows_of_16(q: Tensor, *, rows: bool) -> Tensor:
+def _padded_to_16(q: Tensor, *, rows: bool) -> Tensor:
     """`q` with its columns, and its rows if `rows`, brought to a multiple of 16 by zeros."""
     down = -q.shape[0] % ALIGNMENT if rows else 0
     right = -q.shape[1] % ALIGNMENT

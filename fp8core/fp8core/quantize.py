@@ -27,7 +27,7 @@ from fp8core.kernels import Kernels, kernels_for
 from fp8core.ops import define
 from fp8core.recipes import ConstantScaling, DelayedScaling, Recipe, parse_recipe
 from fp8core.records import Role
-from fp8core.stats import NO_ARENA, words_of
+from fp8core.stats import NO_ARENA, recording_arena
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -65,7 +65,7 @@ def quantize_body(
     role_name: str,
     fmt_name: str,
     state: Tensor | None,
-    arena: int,
+    arena_handle: int,
     slot: Tensor | None,
     update_state: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -76,19 +76,36 @@ def quantize_body(
     if isinstance(recipe, DelayedScaling) and state is None:
         raise ValueError("DelayedScaling needs state: make one with fp8core.device_scaling.new_state(recipe)")
     recomputing = role is not Role.GRAD_OUTPUT and torch._C._current_graph_task_id() != -1
-    words = None if recomputing else words_of(arena)
+    # An empty tensor has no statistics: it must not pull scale_min down to the 1.0 that an amax of 0 gives.
+    arena = None if recomputing or x.numel() == 0 else recording_arena(arena_handle)
     x = x.detach().contiguous()
     kernels = kernels_for(x.device.type)
     scale = _scale(x, recipe, role, fmt, state, recomputing, kernels)
-    if words is None:
+    if arena is None:
         q, amax = kernels.cast(x, scale, fmt)
     else:
-        q, amax = kernels.cast(x, scale, fmt, words=words, slot=slot, overwrite=role is Role.WEIGHT)
+        assert slot is not None
+        overwrite = role is Role.WEIGHT
+        q, amax = kernels.cast(x, scale, fmt, words=arena.words, slot=slot, overwrite=overwrite)
+        if arena.record_histograms:
+            arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
     if isinstance(recipe, DelayedScaling) and update_state and not recomputing:
         assert state is not None
         # .data: autograd must not see this write; `state` may have been saved for a backward still to come.
         state.data.copy_(device_scaling.delayed_update(state.data, amax, fmt, recipe))
     return q, scale
+
+
+def recast(x: Tensor, scale: Tensor, fmt: Fp8Format | str) -> Tensor:
+    """The payload of `x` in `fmt` with a scale that is known already; no statistics, no state, no gradient."""
+    q: Tensor = torch.ops.fp8core.recast(x, scale, fmt if isinstance(fmt, str) else fmt.name)
+    return q
+
+
+def recast_body(x: Tensor, scale: Tensor, fmt_name: str) -> Tensor:
+    """What `recast` does, on real tensors of any device."""
+    q, _ = kernels_for(x.device.type).cast(x.detach().contiguous(), scale, FORMATS[fmt_name])
+    return q
 
 
 def _scale(
@@ -98,7 +115,8 @@ def _scale(
         return device_scaling.constant_scale(recipe, role, x.device)
     if isinstance(recipe, DelayedScaling):
         assert state is not None
-        return state.data[1 if recomputing else 0].clone()
+        known = device_scaling.last_scale if recomputing else device_scaling.next_scale
+        return known(state.data).clone()
     return device_scaling.just_in_time_scale(recipe, role, kernels.amax(x), fmt)
 
 
@@ -123,5 +141,10 @@ define(
     " -> (Tensor, Tensor)",
     quantize_body,
     _on_meta,
+)
+define(
+    "recast(Tensor x, Tensor scale, str fmt) -> Tensor",
+    recast_body,
+    lambda x, scale, fmt: x.new_empty(x.shape, dtype=getattr(torch, FORMATS[fmt].torch_dtype)),
 )
 has_side_effect(torch.ops.fp8core.quantize.default)

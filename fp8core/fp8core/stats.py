@@ -17,6 +17,7 @@ from torch import Tensor
 from fp8core.records import COLUMNS, empty_row
 
 NO_ARENA = 0
+HISTOGRAM_BINS = 256
 
 _lock = threading.Lock()
 _handles = itertools.count(1)
@@ -27,7 +28,12 @@ class StatsArena:
     """Rows of statistics for `slots` slots on one device.
 
     `words` is the buffer (see `fp8core.records`), `handle` its name towards operations: never 0, which means "no
-    arena". While `recording` is False writes go to nowhere, which costs no recompilation of a compiled model.
+    arena". Two switches that operations read when they run, so that a compiled model is not compiled anew:
+
+    * while `recording` is False, writes go to nowhere;
+    * while `record_histograms` is True, casts also add to `histograms`, int64 [slots, 256] (allocated when first
+      needed; bins as in `fp8core.histogram`), which costs about as much as the cast itself: switch it on for the
+      steps that want it.
     """
 
     def __init__(self, slots: int, device: torch.device | str = "cpu") -> None:
@@ -36,7 +42,9 @@ class StatsArena:
         self.slots = slots
         self._empty = torch.from_numpy(empty_row()).to(device)
         self.words = torch.empty(slots, len(COLUMNS), dtype=torch.int64, device=device)
+        self.histograms: Tensor | None = None
         self.recording = True
+        self.record_histograms = False
         self.reset()
         with _lock:
             self.handle = next(_handles)
@@ -47,9 +55,21 @@ class StatsArena:
         """The device that `words` is on."""
         return self.words.device
 
+    def add_histogram(self, slot: Tensor, counts: Tensor, *, overwrite: bool) -> None:
+        """Adds `counts`, int64 [256], to the histogram of `slot`, or replaces it by them. Enqueued on the device."""
+        if self.histograms is None:
+            self.histograms = torch.zeros(self.slots, HISTOGRAM_BINS, dtype=torch.int64, device=self.device)
+        row = slot.reshape(1)
+        if overwrite:
+            self.histograms.index_copy_(0, row, counts[None])
+        else:
+            self.histograms.index_add_(0, row, counts[None])
+
     def reset(self) -> None:
-        """Marks every row as unwritten. Enqueued on the device; the host does not wait."""
+        """Marks every row as unwritten and empties the histograms. Enqueued on the device; the host does not wait."""
         self.words.copy_(self._empty.expand_as(self.words))
+        if self.histograms is not None:
+            self.histograms.zero_()
 
     def close(self) -> None:
         """Makes the handle write to nowhere. `words` stays readable."""
@@ -57,10 +77,10 @@ class StatsArena:
             _arenas.pop(self.handle, None)
 
 
-def words_of(handle: int) -> Tensor | None:
-    """The words of the arena with this handle; None where there is none, it is closed, or it is not recording."""
+def recording_arena(handle: int) -> StatsArena | None:
+    """The arena with this handle; None where there is none, it is closed, or it is not recording."""
     if handle == NO_ARENA:
         return None
     with _lock:
         arena = _arenas.get(handle)
-    return arena.words if arena is not None and arena.recording else None
+    return arena if arena is not None and arena.recording else None

@@ -46,6 +46,10 @@ class Kernels(Protocol):
         """See `eager.dequantize`."""
         ...
 
+    def exponent_histogram(self, x: Tensor) -> Tensor:
+        """See `eager.exponent_histogram`."""
+        ...
+
 
 @functools.cache
 def kernels_for(device_type: str) -> Kernels:
