@@ -17,4 +17,4 @@ ENV PATH=/opt/fp8scope/bin:$PATH PYTHONUNBUFFERED=1
 USER fp8scope
 WORKDIR /home/fp8scope
 EXPOSE 8501
-CMD ["fp8scope", "dashboard"]
+CMD ["python", "-m", "fp8scope_dashboard"]
