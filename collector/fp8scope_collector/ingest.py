@@ -79,7 +79,7 @@ class Ingest:
         self._queued_bytes = 0  # the loop's own: what was put and not committed
         self._room = asyncio.Event()
         self._wake = threading.Condition()  # guards what follows
-        self._registrations: deque[_Register] = deque()
+        self._registrations: list[_Register] = []
         self._puts: deque[_Put] = deque()
         self._seen: dict[int, Seen] = {}
         self._closing = False
@@ -95,7 +95,8 @@ class Ingest:
         """
         answer: asyncio.Future[Source] = self._loop.create_future()
         with self._wake:
-            self._registrations.append(_Register(opening, answer))
+            waiting = [registration for registration in self._registrations if not registration.answer.cancelled()]
+            self._registrations = [*waiting, _Register(opening, answer)]  # without those whose clients left meanwhile
             self._wake.notify()
         return await answer
 
@@ -153,8 +154,7 @@ class Ingest:
                     return None
                 if not self._wake.wait(timeout=max(0.0, until - time.monotonic())):
                     break
-            registrations = list(self._registrations)
-            self._registrations.clear()
+            registrations, self._registrations = self._registrations, []
             group: list[_Put] = []
             rows = 0
             while self._puts and (not group or rows + self._puts[0].batch.rows <= self._limits.group_rows):

@@ -27,7 +27,8 @@ MAX_RUNS = 50
 ROLES = tuple(Role)
 COUNTED = ("numel", "overflow", "underflow", "nonfinite")  # fields that are summed for each role
 COMMIT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-DROP_REASONS = ("ring_full", "spool_full", "spool_error")  # shown from 0; any other is counted as "other"
+DROP_REASONS = ("ring_full", "spool_full", "spool_error")  # shown from 0, before the first drop
+MAX_DROP_REASONS = 16  # of a run; agents name them, so the rest is one: "other"
 Outcome = Literal["committed", "duplicate", "refused"]
 
 
@@ -169,9 +170,10 @@ class Metrics(Collector):
                 step.add_metric([state.run], state.last_step)
             seen.add_metric([state.run], state.last_seen_unix_ns / 1e9)
             active.add_metric([state.run], state.active)
-            by_reason = dict.fromkeys((*DROP_REASONS, "other"), 0)
-            for reason, rows in state.dropped_rows.items():
-                by_reason[reason if reason in by_reason else "other"] += rows
+            by_reason = dict.fromkeys(DROP_REASONS, 0)
+            for reason, rows in sorted(state.dropped_rows.items()):
+                shown = reason if reason in by_reason or len(by_reason) < MAX_DROP_REASONS else "other"
+                by_reason[shown] = by_reason.get(shown, 0) + rows
             for reason, rows in by_reason.items():
                 dropped.add_metric([state.run, reason], rows)
         return [step, seen, active, dropped]

@@ -49,29 +49,39 @@ class Wire:
 
     @staticmethod
     def open(
-        run: str = "run", *, slots: int = 6, rank: int = 0, source_uuid: str = "", incarnation: int = 1, **fields: Any
+        run: str = "run",
+        *,
+        slots: int | list[pb.Slot] = 6,
+        rank: int = 0,
+        source_uuid: str | None = None,
+        incarnation: int = 1,
+        **fields: Any,
     ) -> pb.Open:
         """An opening of one rank; slot i is role i % 3 of layer i // 3."""
-        catalogue = [
-            pb.Slot(
-                slot=i,
-                layer=f"blocks.{i // 3}.fc",
-                role=ROLES[i % 3],
-                format="E5M2" if i % 3 == 2 else "E4M3FN",
-                recipe="AmaxScaling()",
-                module_class="Fp8Linear",
-                in_features=16,
-                out_features=32,
-            )
-            for i in range(slots)
-        ]
+        catalogue = (
+            slots
+            if isinstance(slots, list)
+            else [
+                pb.Slot(
+                    slot=i,
+                    layer=f"blocks.{i // 3}.fc",
+                    role=ROLES[i % 3],
+                    format="E5M2" if i % 3 == 2 else "E4M3FN",
+                    recipe="AmaxScaling()",
+                    module_class="Fp8Linear",
+                    in_features=16,
+                    out_features=32,
+                )
+                for i in range(slots)
+            ]
+        )
         return pb.Open(
             **{
                 "run": run,
                 "rank": rank,
                 "world_size": 8,
                 "incarnation": incarnation,
-                "source_uuid": source_uuid or str(uuid.uuid4()),
+                "source_uuid": str(uuid.uuid4()) if source_uuid is None else source_uuid,
                 "started_unix_ns": 1,
                 "sent_unix_ns": time.time_ns(),
                 "agent_version": "0.1.0",
@@ -92,14 +102,14 @@ class Wire:
         return columns
 
     @staticmethod
-    def stats(seq: int, columns: dict[str, np.ndarray], *, zstd: bool = True, **fields: Any) -> pb.StatsBatch:
-        """A batch of these columns; `fields` replace what would be sent."""
-        packed = pb.StatsColumns(**{name: column.tobytes() for name, column in columns.items()}).SerializeToString()
+    def stats(seq: int, values: dict[str, np.ndarray], /, *, zstd: bool = True, **fields: Any) -> pb.StatsBatch:
+        """A batch of the columns `values`; `fields` replace what would be sent."""
+        packed = pb.StatsColumns(**{name: column.tobytes() for name, column in values.items()}).SerializeToString()
         return pb.StatsBatch(
             **{
                 "seq": seq,
                 "sent_unix_ns": time.time_ns(),
-                "rows": len(columns["step"]) if columns else 0,
+                "rows": len(values["step"]) if values else 0,
                 "compression": pb.COMPRESSION_ZSTD if zstd else pb.COMPRESSION_NONE,
                 "columns_bytes": len(packed),
                 "columns_crc32": zlib.crc32(packed),

@@ -92,7 +92,7 @@ def upgrade() -> None:
             "scale_max",
             sa.REAL,
             nullable=True,
-            comment="largest scale of the step's micro-batches; scale multiplies into FP8 (1)",
+            comment="largest scale of the step's micro-batches (1)",
         ),
         sa.Column("numel", sa.BigInteger, nullable=True, comment="elements quantised (elements)"),
         sa.Column("zeros", sa.BigInteger, nullable=True, comment="x == 0 (elements)"),
