@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+FP8SCOPE = str(Path(sys.executable).with_name("fp8scope"))
 READY_WITHIN_S = 60.0
 STOP_WITHIN_S = 4.0  # of the five that Ctrl-C may take
 NEEDED_BYTES = 64 << 20  # free space to begin with: a few hundred steps of the default model, with room
@@ -60,7 +61,7 @@ def demo(args: argparse.Namespace, training_options: list[str], stack: contextli
     collector = stack.enter_context(
         child(
             "collector",
-            ["-m", "fp8scope_collector.cli", "serve", "--grpc", "127.0.0.1:0"],
+            [FP8SCOPE, "serve", "--grpc", "127.0.0.1:0"],
             {"FP8SCOPE_DB": database, "FP8SCOPE_METRICS": "127.0.0.1:0"},
             directory,
         )
@@ -71,7 +72,7 @@ def demo(args: argparse.Namespace, training_options: list[str], stack: contextli
         dashboard = stack.enter_context(
             child(
                 "dashboard",
-                ["-m", "fp8scope_collector.cli", "dashboard", "--listen", args.listen],
+                [FP8SCOPE, "dashboard", "--listen", args.listen],
                 {"FP8SCOPE_DB": database},
                 directory,
             )
@@ -121,7 +122,7 @@ def summary(result: dict[str, float | str], metrics_url: str, database: str) -> 
 
 def stored_rows(database: str, run: str) -> dict[str, int]:
     """Rows of `run` and of all runs, as the command that users have says it."""
-    command = [sys.executable, "-m", "fp8scope_collector.cli", "runs", "--db", database, "--json"]
+    command = [sys.executable, FP8SCOPE, "runs", "--db", database, "--json"]
     runs = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
     return {"rows": sum(r["rows"] for r in runs if r["name"] == run), "all_rows": sum(r["rows"] for r in runs)}
 

@@ -32,12 +32,17 @@ from torch import Tensor, nn
 
 import fp8core
 import fp8scope_agent as fp8scope
+from fp8core.recipes import Recipe
 
 HELD_OUT_EVERY = 20  # files
-RECIPES: dict[str, Callable[[], fp8core.Recipe]] = {
+RECIPES: dict[str, Callable[[], Recipe]] = {
     "amax": fp8core.AmaxScaling,
     "amax-fig1": fp8core.AmaxScaling.paper_fig1,
+    "constant": fp8core.ConstantScaling,
+    "current": fp8core.CurrentScaling,
+    "delayed": fp8core.DelayedScaling,
 }
+FORMAT_PAIRS = {pair.name: pair for pair in (fp8core.HYBRID, fp8core.E4M3, fp8core.GRAPHCORE)}
 
 
 # The data: bytes of the standard library ---------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def train(args: argparse.Namespace) -> Result:
         fp8core.convert_to_fp8(
             model,
             recipe=RECIPES[args.recipe](),
-            formats=fp8core.FORMAT_PAIRS[args.formats],
+            formats=FORMAT_PAIRS[args.formats],
             module_filter_fn=lambda _, name: name.startswith("blocks."),
         )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -235,12 +240,15 @@ def progress_line(args: argparse.Namespace) -> Iterator[Show]:
     """A function to call after each step: a live bar on a terminal, elsewhere a line every tenth of the run."""
     console = Console(highlight=False, soft_wrap=True)
     every = max(1, args.steps // 10)
+    shown_at = 0.0
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def show(step: int, loss: Tensor, tokens_per_s: float, state: fp8scope.Snapshot) -> None:
+            nonlocal shown_at
             due = (step + 1) % every == 0 or step + 1 == args.steps
-            if not (console.is_terminal or due):
-                return
+            if not due and (not console.is_terminal or time.monotonic() < shown_at + 0.2):
+                return  # reading the loss waits for the device: not at every step
+            shown_at = time.monotonic()
             text = Text(progress_text(step, args.steps, float(loss.detach()), tokens_per_s, state))
             if console.is_terminal:
                 live.update(text, refresh=True)
@@ -276,7 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=sorted(RECIPES), default="amax", help="scaling recipe (default %(default)s)"
     )
     parser.add_argument(
-        "--formats", choices=sorted(fp8core.FORMAT_PAIRS), default="HYBRID", help="FP8 formats (default %(default)s)"
+        "--formats", choices=sorted(FORMAT_PAIRS), default="HYBRID", help="FP8 formats (default %(default)s)"
     )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384, help="d_model (default %(default)s)")

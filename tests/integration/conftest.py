@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import Program
+from programs import FP8SCOPE, Program
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def start_collector(start: Callable[..., Program]) -> Callable[..., tuple[Progra
 
     def start_collector(database: str, grpc: str = "127.0.0.1:0") -> tuple[Program, str]:
         program = start(
-            *("-m", "fp8scope_collector.cli", "serve", "--db", database, "--grpc", grpc, "--metrics", "127.0.0.1:0"),
+            *(FP8SCOPE, "serve", "--db", database, "--grpc", grpc, "--metrics", "127.0.0.1:0"),
             log="collector",
         )
         return program, program.wait_for(r"grpc (\S+?),")[1]

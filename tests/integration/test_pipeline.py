@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fp8core.formats import E4M3FN, E5M2, Fp8Format
-from programs import ROOT, SMALL_MODEL, Program, environment, wait_for_rows
+from programs import FP8SCOPE, ROOT, SMALL_MODEL, Program, environment, wait_for_rows
 
 LINEARS = [f"blocks.{n}.{part}" for n in range(6) for part in ("attn.qkv", "attn.out", "mlp.fc1", "mlp.fc2")]
 FORMAT_AND_MARGIN: dict[str, tuple[Fp8Format, int]] = {
@@ -28,9 +28,7 @@ FORMAT_AND_MARGIN: dict[str, tuple[Fp8Format, int]] = {
 
 def exported(database: str, run: str, out: Path) -> list[dict[str, str]]:
     command = ["export", run, "--db", database, "--format", "csv", "--out", str(out)]
-    subprocess.run(
-        [sys.executable, "-m", "fp8scope_collector.cli", *command], check=True, env=environment(), timeout=60
-    )
+    subprocess.run([sys.executable, FP8SCOPE, *command], check=True, env=environment(), timeout=60)
     with out.open(newline="") as file:
         return list(csv.DictReader(file))
 

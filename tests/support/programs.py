@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FP8SCOPE = str(Path(sys.executable).with_name("fp8scope"))  # the installed command
 SMALL_MODEL = ["--layers", "6", "--width", "96", "--heads", "2", "--context", "64", "--batch", "4"]
 
 
@@ -62,7 +63,7 @@ class Program:
 
 def stored_rows(database: str, run: str) -> int:
     """Rows of `run` that the collector has committed, as `fp8scope runs` says it."""
-    command = [sys.executable, "-m", "fp8scope_collector.cli", "runs", "--db", database, "--json"]
+    command = [sys.executable, FP8SCOPE, "runs", "--db", database, "--json"]
     listed = subprocess.run(command, check=True, capture_output=True, env=environment(), timeout=60).stdout
     return sum(int(entry["rows"]) for entry in json.loads(listed) if entry["name"] == run)
 
