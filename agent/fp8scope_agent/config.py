@@ -21,6 +21,9 @@ DEFAULT_SPOOL_BYTES = 512 << 20
 DEFAULT_LINGER_S = 30.0
 _SMALLEST_SPOOL_BYTES = 16 << 20
 _LONGEST_NAME = 200
+_MOST_TAGS = 64
+_LONGEST_NOTES = 1 << 16
+_LONGEST_CONFIG = 1 << 20
 _MASK = "***"
 _SECRET_KEY = re.compile(
     r"(^|_)(token|tokens|password|passwd|secret|secrets|credential|credentials|api_?key|access_?key|private_?key)(_|$)"
@@ -72,6 +75,11 @@ def resolve(
     """
     if isinstance(tags, str):
         raise ValueError(f"tags is the string {tags!r}; expected a list of strings, for example tags=[{tags!r}]")
+    if len(tags) > _MOST_TAGS or len(notes) > _LONGEST_NOTES:
+        raise ValueError(
+            f"there are {len(tags)} tags and {len(notes)} characters of notes; expected at most {_MOST_TAGS} and "
+            f"{_LONGEST_NOTES}"
+        )
     final_rank, final_world_size = _rank(rank, world_size, distributed, environ)
     return Settings(
         run=_name("run", run),
@@ -86,7 +94,7 @@ def resolve(
         every=_count("every", every, 1),
         config_json=_config_json(config),
         tags=tuple(_name("tag", tag) for tag in tags),
-        notes=str(notes),
+        notes=notes,
     )
 
 
@@ -157,7 +165,12 @@ def _config_json(config: object) -> str:
         config = vars(config)
     if not isinstance(config, Mapping):
         raise ValueError(f"config is {config!r}; expected a mapping, a dataclass or an argparse.Namespace")
-    return json.dumps(_plain(config), ensure_ascii=False)
+    text = json.dumps(_plain(config), ensure_ascii=False)
+    if len(text) > _LONGEST_CONFIG:
+        raise ValueError(
+            f"config has {len(text)} characters as JSON; expected at most {_LONGEST_CONFIG}: is data in it?"
+        )
+    return text
 
 
 def _plain(value: object, key: str = "") -> object:

@@ -26,7 +26,8 @@ from .ring import MAX_SCALARS, Ring
 from .snapshot import Snapshot
 from .status import sync_command
 
-_LARGEST_STEP = 2**63 - 1  # a database's integer
+_LARGEST_STEP = 2**53  # exact in a float64, as plots need
+_LONGEST_NAME = 200
 _GRACE_S = 0.5  # for the drain thread to notice its deadline
 
 
@@ -169,6 +170,8 @@ class Monitor:
                 self._notices.warn("too_many_scalars", f"a step has {len(scalars)} scalars; {MAX_SCALARS} are recorded")
                 break
             try:
+                if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+                    raise ValueError
                 if isinstance(value, torch.Tensor):
                     if value.numel() != 1 or type(value).__name__ == "DTensor":
                         raise TypeError
@@ -182,8 +185,8 @@ class Monitor:
                 self._drops.add("scalar_refused", 1)
                 self._notices.warn(
                     f"scalar {name}",
-                    f"scalar {name!r} is {_shortly(value)}: it is not recorded. Expected a number or a tensor with one "
-                    "element (of a DTensor: its full_tensor()).",
+                    f"scalar {name[:_LONGEST_NAME]!r} is {_shortly(value)}: it is not recorded. Expected a number or a "
+                    "tensor with one element (of a DTensor: its full_tensor()), and a printable name.",
                 )
         return on_host, on_device
 

@@ -29,7 +29,7 @@ class Worst:
 class Snapshot:
     """A monitor's state. Statistics are of the newest step that has been drained; counts are since `attach`."""
 
-    step: int | None  # newest recorded step; None before the first
+    step: int | None  # newest step whose statistics are recorded; None before the first
     worst_layer: str | None  # the layer of the tensor with the least headroom; None without a row
     worst_role: Role | None
     worst_headroom: float | None  # bits, log2(max) - log2(amax * scale); negative: it clips

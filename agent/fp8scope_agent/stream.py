@@ -22,7 +22,8 @@ _METHOD = "/fp8scope.v1.Telemetry/Stream"
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new connection is a new attempt: the sender does the back-off
     ("grpc.enable_http_proxy", 0),  # the collector stands in the training's own network
-    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),  # a collector's host that vanished is noticed within a minute
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 

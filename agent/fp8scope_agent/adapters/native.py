@@ -29,12 +29,13 @@ class Tap:
     slots: tuple[SlotInfo, ...]
     arenas: tuple[StatsArena, ...]
     slots_of: tuple[npt.NDArray[np.int64], ...]
-    layers: tuple[Fp8Linear, ...]
 
     def release(self) -> None:
-        """Leave the model as it was before."""
-        for layer in self.layers:
-            layer.unbind_stats()
+        """From now on the layers write to nowhere, at no cost.
+
+        They keep the handle: taking it away would compile a compiled model anew, and a later monitor may have
+        bound them to its own arenas.
+        """
         for arena in self.arenas:
             arena.close()
 
@@ -45,11 +46,12 @@ def bind(model: nn.Module) -> Tap:
     Raises:
         ValueError: a layer has no device yet.
     """
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
     rows: dict[torch.device, list[int]] = {}
     bindings: list[tuple[Fp8Linear, torch.device, dict[Role, int]]] = []
     slots: list[SlotInfo] = []
-    for name, layer in named:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Fp8Linear):
+            continue
         device = layer.weight.device
         if device.type == "meta":
             raise ValueError(f"layer {name!r} is on the meta device; attach after the model has its real weights")
@@ -67,7 +69,6 @@ def bind(model: nn.Module) -> Tap:
         slots=tuple(slots),
         arenas=tuple(arenas.values()),
         slots_of=tuple(np.array(on_device, dtype=np.int64) for on_device in rows.values()),
-        layers=tuple(layer for _, layer in named),
     )
 
 

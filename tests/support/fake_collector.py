@@ -1,7 +1,7 @@
 """A collector with real behaviour, kept in memory: one gRPC server, commits before it acknowledges.
 
 It stores what a collector would store, keyed as a database would key it, so that a row that came twice or never shows.
-It can be told to hang, to be slow, to refuse, to drain and to die. `python fake_collector.py PORT` runs it by itself.
+It can be told to hang, to be slow, to refuse, to drain and to die.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 import zstandard
-from fp8core.records import FIELDS
 
+from fp8core.records import FIELDS
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc
 
@@ -60,7 +60,6 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
     def __init__(self, port: int = 0, *, behaviour: Behaviour | None = None) -> None:
         self.behaviour = behaviour or Behaviour()
         self.sources: dict[str, Source] = {}
-        self.most_in_flight = 0
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._port = port
