@@ -1,0 +1,127 @@
+"""One of two processes that train the same small FP8 model under DDP or FSDP2; prints what it saw as JSON.
+
+Arguments: rank, world size, a file for the rendezvous. Run by test_distributed.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fp8core import AmaxScaling, DelayedScaling, Fp8Linear, StatsArena, convert_to_fp8
+from fp8core.recipes import Recipe
+from fp8core.records import Role, decode_arena
+
+D = 256
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(D, 2 * D)
+        self.fc2 = nn.Linear(2 * D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.fc2(self.fc1(x).relu())
+        return out
+
+
+def build(recipe: Recipe) -> nn.Module:
+    torch.manual_seed(0)
+    return convert_to_fp8(nn.Sequential(*[Block() for _ in range(3)]), recipe=recipe)
+
+
+def watch(model: nn.Module) -> StatsArena:
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    arena = StatsArena(3 * len(layers))
+    for index, layer in enumerate(layers):
+        layer.bind_stats(arena, {role: 3 * index + offset for offset, role in enumerate(Role)})
+    return arena
+
+
+def train_step(model: nn.Module, arena: StatsArena, rank: int, micro_batches: int = 1) -> dict[str, Any]:
+    """Forward and backward; what the arena, the gradients and autograd hold afterwards."""
+    generator = torch.Generator().manual_seed(rank)
+    kept_for_backward = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float8_e4m3fn:
+            kept_for_backward.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for _ in range(micro_batches):
+            model(torch.randn(8, D, generator=generator).requires_grad_()).square().mean().backward()
+    rows = decode_arena(arena.words.numpy())
+    full = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return {
+        "writes": arena.words[:, 0].tolist(),
+        "amax": rows.columns["amax"].tolist(),
+        "scale": rows.columns["scale_max"].tolist(),
+        "overflow": int(rows.columns["overflow"].sum()),
+        "grads": [grad.double().norm().item() for grad in full if grad is not None],
+        "kept": sorted(kept_for_backward),
+    }
+
+
+def scenarios(rank: int) -> dict[str, Any]:
+    seen = {}
+    amax = AmaxScaling()
+
+    model = build(amax)
+    arena = watch(model)
+    seen["ddp"] = train_step(DistributedDataParallel(model), arena, rank)
+
+    model = build(amax)
+    arena = watch(model)
+    seen["ddp, two micro-batches"] = train_step(DistributedDataParallel(model), arena, rank, micro_batches=2)
+
+    model = build(amax)
+    arena = watch(model)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1)  # several buckets: Dynamo makes a graph of each
+    torch._dynamo.utils.counters.clear()
+    seen["ddp, compiled"] = train_step(torch.compile(ddp, backend="aot_eager"), arena, rank)  # type: ignore[arg-type]
+    seen["ddp graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    model = build(DelayedScaling(history_len=4))
+    arena = watch(model)
+    ddp = DistributedDataParallel(model)
+    train_step(ddp, arena, rank)
+    arena.reset()
+    seen["ddp, delayed"] = train_step(ddp, arena, rank)
+
+    for name, compiled, policy in (
+        ("fsdp2", False, MixedPrecisionPolicy()),
+        ("fsdp2, compiled", True, MixedPrecisionPolicy()),
+        ("fsdp2, bfloat16", False, MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)),
+    ):
+        model = build(amax)
+        arena = watch(model)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model:  # type: ignore[attr-defined]  # a Sequential
+            if compiled:
+                block.compile(backend="aot_eager")
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        seen[name] = train_step(model, arena, rank)
+    return seen
+
+
+def main() -> None:
+    rank, world_size, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    print(json.dumps(scenarios(rank)))
+    dist.destroy_process_group()
+
+
+main()
