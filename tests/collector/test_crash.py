@@ -1,0 +1,173 @@
+"""kill -9 under load, and a database that goes away: what was acknowledged is there, once."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+
+from fp8scope_collector.storage.engine import open_engine
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+
+RANKS = 3
+SLOTS = 60
+
+
+class Agent(threading.Thread):
+    """One rank that sends batches 1, 2, 3 ... as an agent does, over as many collectors as it takes."""
+
+    def __init__(self, rank: int, connect: Callable[..., Any], wire: Any) -> None:
+        super().__init__(daemon=True)
+        self.opening: pb.Open = wire.open(rank=rank, slots=SLOTS)
+        self.address = ""
+        self.up_to_seq = 0
+        self.last_seq: int | None = None  # the end, once it is decided
+        self._connect = connect
+        self._wire = wire
+
+    def run(self) -> None:
+        while self.last_seq is None or self.up_to_seq < self.last_seq:
+            try:
+                self._send()
+            except (grpc.RpcError, StopIteration):
+                time.sleep(0.05)
+
+    def wait_for(self, seq: int) -> None:
+        """Returns when so much is acknowledged."""
+        _until(lambda: self.up_to_seq >= seq)
+
+    def _send(self) -> None:
+        stream = self._connect(self.address, self.opening)
+        assert stream.opened.up_to_seq >= self.up_to_seq, "an acknowledged batch is not committed"
+        sent = stream.opened.up_to_seq
+        while self.last_seq is None or self.up_to_seq < self.last_seq:
+            while sent - stream.up_to_seq < 8 and (self.last_seq is None or sent < self.last_seq):
+                sent += 1
+                stream.send(stats=self._wire.stats(sent, self._wire.columns(sent, slots=SLOTS)))
+            stream.receive()
+            self.up_to_seq = max(self.up_to_seq, stream.up_to_seq)
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_kill_9_loses_no_acknowledged_row_and_doubles_none(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, database_url: str, seed: int
+) -> None:
+    _kill_under_load(start_collector, connect, wire, database_url, seed, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_kill_9_many_times(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, database_url: str, seed: int
+) -> None:
+    _kill_under_load(start_collector, connect, wire, database_url, seed, kills=10)
+
+
+def _kill_under_load(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, url: str, seed: int, kills: int
+) -> None:
+    chance = random.Random(seed)
+    agents = [Agent(rank, connect, wire) for rank in range(RANKS)]
+    for life in range(kills):
+        collector = start_collector(url)
+        for agent in agents:
+            agent.address = collector.grpc
+            if life == 0:
+                agent.start()
+        for agent in agents:
+            agent.wait_for(agent.up_to_seq + 3)
+        time.sleep(chance.uniform(0, 0.2))
+        collector.process.kill()
+        collector.process.wait()
+        acknowledged = [agent.up_to_seq for agent in agents]
+        _check(url, [range(1, seq + 1) for seq in acknowledged], exactly=False)
+
+    collector = start_collector(url)
+    for agent in agents:
+        agent.address = collector.grpc
+        agent.last_seq = agent.up_to_seq + 20
+    for agent in agents:
+        agent.join(30)
+        assert not agent.is_alive(), "not everything was acknowledged in the end"
+    _check(url, [range(1, (agent.last_seq or 0) + 1) for agent in agents], exactly=True)
+
+
+def _check(url: str, expected: list[range], *, exactly: bool) -> None:
+    """All steps of each rank are in the database with all their slots and the values that were sent."""
+    engine = open_engine(url, read_only=True)
+    with engine.connect() as connection:
+        sql = (
+            "SELECT s.rank, step, count(*), count(DISTINCT slot), max(amax), s.up_to_seq, s.rows"
+            " FROM stats JOIN source s ON s.id = source_id GROUP BY s.id, s.rank, step, s.up_to_seq, s.rows"
+        )
+        found = connection.execute(sa.text(sql)).all()
+    engine.dispose()
+    for rank, steps in enumerate(expected):
+        own = {row.step: row for row in found if row.rank == rank}
+        assert set(steps) <= set(own), f"rank {rank} lost steps {set(steps) - set(own)}"
+        if exactly:
+            assert set(own) == set(steps)
+        for step, row in own.items():
+            assert tuple(row)[2:5] == (SLOTS, SLOTS, step * 64 + SLOTS - 1), (rank, step)
+        marks = {(row.up_to_seq, row.rows) for row in own.values()}
+        assert marks == {(max(own), SLOTS * len(own))}, "watermark and rows are committed together"
+
+
+def test_connections_that_postgresql_cuts_lose_nothing(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, postgres_url: str
+) -> None:
+    collector = start_collector(postgres_url)
+    stream = connect(collector.grpc, wire.open())
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fp8scope'")
+
+    for seq in range(1, 61):
+        stream.send(stats=wire.stats(seq, wire.columns(seq)))
+        if seq % 10 == 0:
+            with admin.connect() as connection:
+                connection.execute(cut)
+    stream.wait_ack(60)
+
+    with admin.connect() as connection:
+        assert connection.execute(sa.text("SELECT count(*) FROM stats")).scalar_one() == 360
+    admin.dispose()
+
+
+def test_a_database_that_is_gone_holds_the_agents_and_says_so(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, postgres_url: str
+) -> None:
+    """A table vanishes and comes back: batches wait, /metrics and /healthz tell, then all is stored."""
+    collector = start_collector(postgres_url)
+    stream = connect(collector.grpc, wire.open())
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text("ALTER TABLE stats RENAME TO hidden"))
+
+    for seq in range(1, 6):
+        stream.send(stats=wire.stats(seq, wire.columns(seq)))
+    _until(lambda: collector.metrics()[("fp8scope_database_up",)] == 0)
+
+    assert collector.health() == (503, "the database does not take what is written\n")
+    assert collector.metrics()[("fp8scope_queue_bytes",)] > 0
+    with admin.connect() as connection:
+        connection.execute(sa.text("ALTER TABLE hidden RENAME TO stats"))
+    stream.wait_ack(5)
+    assert collector.metrics()[("fp8scope_database_up",)] == 1
+    assert collector.metrics()[("fp8scope_queue_bytes",)] == 0
+    assert collector.health() == (200, "ok\n")
+    said = [event["event"] for event in collector.events() if "database" in event["event"]]
+    assert said == ["database does not take what is written; waiting for it", "database is back"]
+    admin.dispose()
+
+
+def _until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

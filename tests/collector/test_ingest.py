@@ -1,0 +1,262 @@
+"""The queue and its thread: back-pressure, grouping, and what happens while the database is away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp8scope_collector import ingest as ingest_module
+from fp8scope_collector.decode import decode_open, decode_stats
+from fp8scope_collector.ingest import Ingest, Lane
+from fp8scope_collector.limits import Limits
+from fp8scope_collector.messages import Batch, Opening, Source
+from fp8scope_collector.metrics import Metrics
+from fp8scope_collector.storage.overview import RunState
+from fp8scope_collector.storage.writer import Committed, Seen
+
+
+class FakeWriter:
+    """Keeps what is committed in a list; waits while `open` is clear, and fails with the `errors` given to it first."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.errors: list[Exception] = []
+        self.poison: set[int] = set()
+        self.groups: list[list[int]] = []
+        self.seen: dict[int, Seen] = {}
+        self.deleted = False
+
+    def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
+        self._wait()
+        return _source()
+
+    def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
+        self._wait()
+        if bad := [batch.seq for batch in group if batch.seq in self.poison]:
+            raise sqlite3.IntegrityError(f"{bad}")
+        self.groups.append([batch.seq for batch in group])
+        return Committed((True,) * len(group), {} if self.deleted else {1: max(batch.seq for batch in group)})
+
+    def touch(self, seen: dict[int, Seen]) -> None:
+        self._wait()
+        self.seen |= seen
+
+    def overview(self, limit: int) -> tuple[list[RunState], int]:
+        return [], 1
+
+    def _wait(self) -> None:
+        self.open.wait(20)
+        if self.errors:
+            raise self.errors.pop(0)
+
+    @property
+    def committed(self) -> list[int]:
+        return [seq for group in self.groups for seq in group]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(ingest_module, "LONGEST_PAUSE_S", 0.02)
+
+
+def test_put_waits_while_the_queue_is_full_and_nothing_is_lost(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        batches = [_batch(wire, seq) for seq in range(1, 41)]
+        writer.open.clear()
+
+        putting = asyncio.create_task(_put_all(ingest, lane, batches))
+        await _until(lambda: lane.owed > 0)
+        await asyncio.sleep(0.1)
+        stuck_at = lane.owed
+
+        assert stuck_at == 10, "room for ten batches"
+        assert not putting.done()
+        writer.open.set()
+        await asyncio.wait_for(putting, 10)
+        await _until(lambda: lane.owed == 0)
+        assert writer.committed == list(range(1, 41))
+        assert lane.up_to_seq == 40
+
+    _run(scenario, queue_bytes=10 * _batch(wire, 1).size_bytes)
+
+
+def test_a_batch_larger_than_the_queue_passes_when_it_is_empty(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+
+        await asyncio.wait_for(_put_all(ingest, lane, [_batch(wire, seq) for seq in (1, 2, 3)]), 10)
+        await _until(lambda: lane.owed == 0)
+
+        assert writer.groups == [[1], [2], [3]]
+
+    _run(scenario, queue_bytes=1)
+
+
+def test_what_waits_is_committed_as_one_group_up_to_the_limit_of_rows(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.open.clear()
+        await _put_all(ingest, lane, [_batch(wire, 1)])
+        await asyncio.sleep(0.05)  # the thread has taken the first alone
+
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in range(2, 8)])
+        writer.open.set()
+        await _until(lambda: lane.owed == 0)
+
+        assert writer.groups == [[1], [2, 3, 4, 5], [6, 7]]
+
+    _run(scenario, group_rows=4 * 6)
+
+
+def test_a_database_that_is_away_delays_and_loses_nothing(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        up: list[bool] = []
+        original = metrics.observe_database_up
+        metrics.observe_database_up = lambda is_up: (up.append(is_up), original(is_up))[1]  # type: ignore[method-assign]
+        writer.errors = [sqlite3.OperationalError("database is locked") for _ in range(4)]
+
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in (1, 2, 3)])
+        await _until(lambda: lane.owed == 0)
+
+        assert writer.committed == [1, 2, 3]
+        assert up[:5] == [False, False, False, False, True]
+        assert metrics.database_up
+
+    _run(scenario)
+
+
+def test_a_batch_that_cannot_be_stored_does_not_hold_up_the_others(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        bad, good = Lane(_source()), Lane(_source())
+        writer.poison = {2}
+        writer.open.clear()
+
+        await _put_all(ingest, good, [_batch(wire, 1)])
+        await _put_all(ingest, bad, [_batch(wire, 2)])
+        await _put_all(ingest, good, [_batch(wire, 3)])
+        writer.open.set()
+        await _until(lambda: good.owed == bad.owed == 0)
+
+        assert writer.committed == [1, 3]
+        assert good.failure is None
+        assert str(bad.failure) == "seq 2: not storable; see the collector's log"
+
+    _run(scenario)
+
+
+def test_a_deleted_source_ends_its_stream(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.deleted = True
+
+        await _put_all(ingest, lane, [_batch(wire, 1)])
+        await _until(lambda: lane.owed == 0)
+
+        assert lane.failure is not None
+        assert lane.failure.code.name == "UNAVAILABLE"
+
+    _run(scenario)
+
+
+def test_registrations_whose_clients_left_are_forgotten(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        opening = decode_open(wire.open(), Limits())
+        writer.open.clear()
+
+        for _ in range(20):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ingest.register(opening), 0.005)
+
+        assert len(ingest._registrations) <= 2
+        writer.open.set()
+        assert (await asyncio.wait_for(ingest.register(opening), 10)).id == 1
+
+    _run(scenario)
+
+
+def test_signs_of_life_are_written_with_the_housekeeping(wire: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "HOUSEKEEPING_S", 0.05)
+
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        ingest.sign_of_life(_source(), {"ring_full": 1})
+        ingest.sign_of_life(_source(), {"ring_full": 2})
+
+        await _until(lambda: bool(writer.seen))
+
+        assert writer.seen[1].drops == {"ring_full": 2}
+
+    _run(scenario)
+
+
+def test_close_writes_what_is_queued(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.errors = [sqlite3.OperationalError("database is locked")]
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in (1, 2, 3)])
+
+        assert await ingest.close(10)
+
+        assert writer.committed == [1, 2, 3]
+
+    _run(scenario)
+
+
+def test_close_gives_up_on_a_database_that_stays_away(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        writer.errors = [sqlite3.OperationalError("disk full")] * 1000
+        await _put_all(ingest, Lane(_source()), [_batch(wire, 1)])
+
+        assert not await ingest.close(0.1)
+
+        ingest._thread.join(5)
+        assert not ingest._thread.is_alive()
+        assert writer.committed == []
+
+    _run(scenario)
+
+
+def _run(scenario: Any, **limits: int) -> None:
+    async def main() -> None:
+        writer, metrics = FakeWriter(), Metrics("0")
+        ingest = Ingest(writer, metrics, replace(Limits(), **limits))  # type: ignore[arg-type]  # a fake
+        try:
+            await scenario(ingest, writer, metrics)
+        finally:
+            writer.open.set()
+            await ingest.close(5)
+
+    asyncio.run(main())
+
+
+async def _put_all(ingest: Ingest, lane: Lane, batches: list[Batch]) -> None:
+    for batch in batches:
+        await ingest.put(batch, 1, lane)
+
+
+async def _until(condition: Any) -> None:
+    async def wait() -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(wait(), 10)
+
+
+def _source() -> Source:
+    roles = np.array([0, 1, 2, 0, 1, 2], np.int8)
+    return Source(1, 1, "run", 0, 1, 0, False, np.arange(6), roles, np.full(6, 8.8))
+
+
+def _batch(wire: Any, seq: int) -> Batch:
+    return decode_stats(wire.stats(seq, wire.columns(1)), _source(), Limits())
