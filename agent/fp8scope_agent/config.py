@@ -177,14 +177,14 @@ def _plain(value: object, key: str = "") -> object:
     """`value` in JSON's types; what is none of them as text, and masked where `key` names a secret."""
     if isinstance(value, bool | int | None):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if _is_secret(key):
         return _MASK
     if isinstance(value, Mapping):
         return {str(name): _plain(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item, key) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
     return _URL_PASSWORD.sub(_MASK, str(value))
 
 

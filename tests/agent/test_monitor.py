@@ -98,6 +98,18 @@ def test_slots_are_numbered_in_the_order_of_the_model(model: nn.Module, collecto
     assert slots[0].recipe == repr(fp8core.AmaxScaling())
 
 
+def test_a_wrapper_around_a_module_does_not_change_the_names_of_its_layers(model: nn.Module) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    from fp8scope_agent.adapters import native
+
+    wrapped = nn.ModuleDict({"module": torch.compile(nn.Sequential(checkpoint_wrapper(model), nn.GELU()))})
+
+    layers = [slot.layer for slot in native.bind(wrapped).slots[::3]]
+
+    assert layers == ["module.0.0", "module.0.2"]
+
+
 def test_micro_batches_of_one_step_are_one_row(model: nn.Module, collector: FakeCollector, train: Train) -> None:
     with attach(model, collector) as monitor:
         train(model, monitor, 2, micro_batches=3)
@@ -424,8 +436,8 @@ def test_troubles_of_the_sender_are_said_once_in_the_training_log(
 
 
 def test_leaving_by_an_exception_is_a_failed_run(model: nn.Module, collector: FakeCollector) -> None:
-    with pytest.raises(RuntimeError), attach(model, collector) as monitor:
-        monitor.step(loss=1.0)
+    monitor = attach(model, collector)
+    with pytest.raises(RuntimeError), monitor:
         raise RuntimeError("CUDA error: out of cheese")
 
     finish = collector.source.finish

@@ -1,4 +1,4 @@
-"""Trainer and sender as processes: killed, forked, interrupted, left without a collector; every row once, nothing hangs."""
+"""Trainer and sender as processes: killed, forked, interrupted, without a collector; every row once, nothing hangs."""
 
 from __future__ import annotations
 

@@ -12,11 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fp8core import Fp8Linear, StatsArena
 from fp8core.records import Role
 
 from ..catalogue import SlotInfo
+
+# What torch.compile, activation checkpointing and FSDP1 put into a module's path: the layer is the same without.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ def bind(model: nn.Module) -> Tap:
     rows: dict[torch.device, list[int]] = {}
     bindings: list[tuple[Fp8Linear, torch.device, dict[Role, int]]] = []
     slots: list[SlotInfo] = []
-    for name, layer in model.named_modules():
+    for path, layer in _unwrapped(model).named_modules():
         if not isinstance(layer, Fp8Linear):
             continue
+        name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
         device = layer.weight.device
         if device.type == "meta":
             raise ValueError(f"layer {name!r} is on the meta device; attach after the model has its real weights")
@@ -70,6 +75,10 @@ def bind(model: nn.Module) -> Tap:
         arenas=tuple(arenas.values()),
         slots_of=tuple(np.array(on_device, dtype=np.int64) for on_device in rows.values()),
     )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return _unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def _describe(slot: int, name: str, layer: Fp8Linear, role: Role) -> SlotInfo:
