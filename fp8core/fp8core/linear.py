@@ -115,8 +115,7 @@ class Fp8Linear(nn.Linear):
         *leading, features = x.shape
         if features != self.weight.shape[1]:
             raise ValueError(f"x is {list(x.shape)}; expected {self.weight.shape[1]} features in the last dimension")
-        device_type = x.device.type
-        out_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        out_dtype = _result_dtype(x)
         y = fp8_matmul(
             x.reshape(math.prod(leading), features),
             self.weight,
@@ -164,3 +163,10 @@ class Fp8Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a module (deepcopy, pickle) is another layer: it must not write into this one's rows.
         return {**self.__dict__, "_arenas": dict.fromkeys(Role, NO_ARENA)}
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,0 +1,143 @@
+"""A training step never makes the host wait: run on meta with the eager kernels, where asking for a value is an error.
+
+On meta a compiled kernel could hide a wait inside an operation; so the bodies of our operations run here themselves,
+under a mode that looks at every call they make.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fp8core.kernels
+from fp8core import AmaxScaling, ConstantScaling, CurrentScaling, DelayedScaling, Fp8Linear, StatsArena, convert_to_fp8
+from fp8core.matmul import emulated_mm
+from fp8core.quantize import quantize_body, recast_body
+from fp8core.recipes import Recipe
+from fp8core.records import Role
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "_unique2"}
+
+
+def emulated_mm_body(a: Any, b: Any, scale_a: Any, scale_b: Any, out_dtype: Any, power_of_two: Any, _: Any) -> Any:
+    return emulated_mm(a, b, scale_a, scale_b, out_dtype, fast=power_of_two and out_dtype == torch.bfloat16)
+
+
+BODIES = {"quantize": quantize_body, "recast": recast_body, "scaled_mm": emulated_mm_body}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Notes operations that would wait for, or copy to or from, the meta device; runs our bodies under itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.bodies: set[str] = set()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "fp8core":
+            self.bodies.add(name)
+            with self:
+                return BODIES[name](*args, **(kwargs or {}))
+        self.seen.add(name)
+        on_meta = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_meta]
+        if on_meta and name in WAITING:
+            self.waits.append(name)
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and isinstance(result, torch.Tensor):
+            devices = {arg.device for arg in (*args, result) if isinstance(arg, torch.Tensor)}
+            if len(devices) > 1:
+                self.waits.append(f"{name} between {devices}")
+        return result
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTD = x_BTD + self.out(attended.transpose(1, 2).reshape(B, T, D))
+        out: torch.Tensor = x_BTD + self.fc2(F.gelu(self.fc1(self.norm2(x_BTD))))
+        return out
+
+
+class Gpt(nn.Module):
+    def __init__(self, vocabulary: int = 64, d: int = 32, blocks: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, d)
+        self.blocks = nn.ModuleList([Block(d, heads=2) for _ in range(blocks)])
+        self.head = nn.Linear(d, vocabulary)
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embed(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        logits: torch.Tensor = self.head(x_BTD)
+        return logits
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [AmaxScaling(), CurrentScaling(power_of_two=True), DelayedScaling(history_len=4), ConstantScaling(3)],
+    ids=repr,
+)
+def test_a_training_step_on_meta_never_asks_the_device_for_a_value(recipe: Recipe) -> None:
+    with torch.device("meta"):
+        model = convert_to_fp8(Gpt(), recipe=recipe).bfloat16()
+        tokens = torch.zeros(2, 8, dtype=torch.int64)
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    arena = StatsArena(3 * len(layers), "meta")
+    for index, layer in enumerate(layers):
+        layer.bind_stats(arena, {role: 3 * index + offset for offset, role in enumerate(Role)})
+    arena.record_histograms = True
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+
+    with NoWaiting() as mode:
+        for _ in range(2):
+            logits = model(tokens)
+            F.cross_entropy(logits.view(-1, 64), tokens.view(-1)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            arena.reset()
+
+    assert mode.bodies == {"quantize", "recast", "scaled_mm"}
+    assert {"index_copy_", "frexp" if isinstance(recipe, AmaxScaling) else "mul"} <= mode.seen | {"mul"}
+    assert mode.waits == []
+
+
+def test_the_mode_notices_a_wait() -> None:
+    # The test above must be able to fail: a body that reads its scale on the host.
+    x = torch.zeros(4, device="meta")
+
+    with pytest.raises(RuntimeError, match="meta"), NoWaiting():
+        x.abs().max().item()
+
+
+FORBIDDEN = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
+
+
+@pytest.mark.parametrize("module", ["eager", "triton"])
+def test_kernels_for_devices_have_no_call_that_waits(module: str) -> None:
+    path = Path(inspect.getfile(fp8core.kernels)).with_name(f"{module}.py")
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+
+    waiting = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN}
+    assert not waiting
