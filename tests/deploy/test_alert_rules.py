@@ -7,11 +7,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import yaml
 
 from fp8scope_collector.limits import Limits
+from fp8scope_dashboard import links
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -26,6 +28,11 @@ def rules() -> list[dict[str, Any]]:
 
 ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 RECORDS = {rule["record"]: rule for rule in rules() if "record" in rule}
+
+
+def alert_labels(alert: dict[str, Any]) -> set[str]:
+    """The labels that its summary uses."""
+    return set(re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]))
 
 
 def run(*command: str | Path) -> str:
@@ -108,8 +115,21 @@ def test_every_alert_says_how_bad_it_is_where_to_look_and_what_to_read(alert: di
     assert alert["labels"]["severity"] in {"critical", "warning", "none"}
     assert set(annotations) == {"summary", "description", "runbook_url", "dashboard_url"}
     assert annotations["runbook_url"] == f"{{{{ $externalLabels.fp8scope_runbooks }}}}/{alert['alert']}.md"
-    if "$labels.run " in annotations["summary"]:
-        assert annotations["dashboard_url"].endswith("run={{ $labels.run | urlquery }}")
+    assert "run" not in alert_labels(alert) or "/run?run={{ $labels.run | urlquery }}" in annotations["dashboard_url"]
+
+
+@pytest.mark.parametrize("alert", ALERTS.values(), ids=ALERTS.keys())
+def test_an_alert_opens_a_page_of_the_dashboard_at_what_it_is_about(alert: dict[str, Any]) -> None:
+    url = alert["annotations"]["dashboard_url"].replace("{{ $externalLabels.fp8scope_dashboard }}", "http://dashboard")
+    url = url.replace("{{ $labels.run | urlquery }}", "lm%2Fgpt").replace("{{ $labels.role }}", "weight")
+    pages = re.findall(r'url_path="(\w+)"', (ROOT / "dashboard/fp8scope_dashboard/app.py").read_text())
+
+    link = urlsplit(url)
+    params = dict(parse_qsl(link.query))
+
+    assert link.path in {"", *(f"/{page}" for page in pages)}
+    assert links.parse(params).params() == params
+    assert params.get("run", "lm/gpt") == "lm/gpt"
 
 
 def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:

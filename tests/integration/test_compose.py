@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import grpc
 import numpy as np
@@ -24,7 +25,9 @@ import yaml
 
 from compose import DISTRIBUTIONS, ROOT, Dockerfile, docker_ignores, load_compose, read_dockerfile
 from compose_stack import Stack, eventually, running
+from fp8core.records import Role
 from fp8scope_collector.config import serve_config
+from fp8scope_dashboard import links
 from fp8scope_dashboard.__main__ import is_loopback, parse_address
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc
@@ -332,7 +335,9 @@ def test_the_services_become_healthy_and_a_nan_becomes_an_alert(
     }
     assert [receiver["name"] for receiver in nonfinite["receivers"]] == ["page"]
     assert (ROOT / nonfinite["annotations"]["runbook_url"]).exists()
-    assert nonfinite["annotations"]["dashboard_url"] == stack.rewrite("http://127.0.0.1:8501/run?run=lm%2Fgpt")
+    link = urlsplit(nonfinite["annotations"]["dashboard_url"])
+    assert f"{link.scheme}://{link.netloc}" == stack.rewrite("http://127.0.0.1:8501")
+    assert links.parse(dict(parse_qsl(link.query))) == links.Where(run="lm/gpt", role=Role.INPUT, quantity="nonfinite")
     assert firing == {"Fp8scopeNonfinite", "Fp8scopeWatchdog"}
     assert [target["health"] for target in targets] == ["up"]
     assert [rule["name"] for rule in loaded] == [rule.get("alert") or rule["record"] for rule in RULES]
