@@ -88,7 +88,7 @@ class Metrics(Collector):
     def observe_source(self, source: Source) -> None:
         """A source opened: the counters of its run exist from here on, at 0."""
         with self._lock:
-            self._totals_of(source).roles.update(source.role.tolist())
+            self._totals_of(source)
 
     def observe_rows(self, batch: Batch) -> None:
         """These rows are committed, for the first time."""
@@ -127,6 +127,7 @@ class Metrics(Collector):
 
     def _totals_of(self, source: Source) -> _RunTotals:
         totals = self._totals.setdefault(source.run_id, _RunTotals(source.run))
+        totals.roles.update(np.unique(source.role).tolist())
         self._totals.move_to_end(source.run_id)
         if len(self._totals) > MAX_RUNS:
             self._totals.popitem(last=False)
