@@ -16,6 +16,8 @@ from fp8core.scaling import scale_exp2_from_amax
 if TYPE_CHECKING:
     from fp8core.capabilities import capability
     from fp8core.convert import Override, convert_to_fp8
+    from fp8core.histogram import exponent_histogram
+    from fp8core.inference import quantize_for_inference
     from fp8core.linear import Fp8Linear
     from fp8core.stats import StatsArena
 
@@ -39,7 +41,9 @@ __all__ = [
     "StatsArena",
     "capability",
     "convert_to_fp8",
+    "exponent_histogram",
     "parse_recipe",
+    "quantize_for_inference",
     "scale_exp2_from_amax",
 ]
 
@@ -49,6 +53,8 @@ _NEEDS_TORCH = {
     "Fp8Linear": "fp8core.linear",
     "Override": "fp8core.convert",
     "StatsArena": "fp8core.stats",
+    "exponent_histogram": "fp8core.histogram",
+    "quantize_for_inference": "fp8core.inference",
 }
 
 

@@ -67,13 +67,7 @@ def convert_to_fp8(
         TypeError: a layer's weight is not bfloat16, float16 or float32. No layer has been converted then.
     """
     recipe = AmaxScaling() if recipe is None else recipe
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if _is_linear(module) and (module_filter_fn is None or module_filter_fn(module, name))
-    }
-    for name, module in layers.items():
-        _require_castable_weight(module, name)
+    layers = linear_layers(model, module_filter_fn)
     if not layers:
         warnings.warn(f"convert_to_fp8: no nn.Linear to convert in {type(model).__name__}", stacklevel=2)
     for override in overrides:
@@ -89,12 +83,23 @@ def convert_to_fp8(
     return model
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether the forward of `module` is nn.Linear's or Fp8Linear's, parametrized or not."""
-    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, Fp8Linear.forward)
+def linear_layers(model: nn.Module, module_filter_fn: ModuleFilter | None) -> dict[str, nn.Linear]:
+    """The linear layers of `model` by name: those whose forward is nn.Linear's or Fp8Linear's, parametrized or not.
+
+    Raises:
+        TypeError: a layer's weight is not bfloat16, float16 or float32.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or type(module).forward not in (nn.Linear.forward, Fp8Linear.forward):
+            continue
+        if module_filter_fn is None or module_filter_fn(module, name):
+            _require_castable_weight(module, name)
+            layers[name] = module
+    return layers
 
 
-def _require_castable_weight(module: nn.Module, name: str) -> None:
+def _require_castable_weight(module: nn.Linear, name: str) -> None:
     dtype = module.weight.dtype
     if dtype not in DTYPES:
         raise TypeError(
@@ -112,7 +117,7 @@ def _warn_if_unmatched(pattern: str, names: list[str]) -> None:
     warnings.warn(f"convert_to_fp8: override {pattern!r} matches no converted layer; {hint}", stacklevel=3)
 
 
-def _become_fp8(module: nn.Module) -> Fp8Linear:
+def _become_fp8(module: nn.Linear) -> Fp8Linear:
     if not isinstance(module, Fp8Linear):
         if parametrize.is_parametrized(module):
             # A parametrized module has a class of its own, which holds the parameters' properties.

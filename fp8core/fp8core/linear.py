@@ -115,7 +115,7 @@ class Fp8Linear(nn.Linear):
         *leading, features = x.shape
         if features != self.weight.shape[1]:
             raise ValueError(f"x is {list(x.shape)}; expected {self.weight.shape[1]} features in the last dimension")
-        out_dtype = _result_dtype(x)
+        out_dtype = result_dtype(x)
         y = fp8_matmul(
             x.reshape(math.prod(leading), features),
             self.weight,
@@ -165,7 +165,8 @@ class Fp8Linear(nn.Linear):
         return {**self.__dict__, "_arenas": dict.fromkeys(Role, NO_ARENA)}
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is enabled on x's device, else x's."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -73,7 +73,7 @@ class AmaxScaling:
 
 @dataclass(frozen=True)
 class ConstantScaling:
-    """FP8-CSCALE: the scale 2**scale_exp2 for every tensor of the run; arXiv 2309.17224, section 2.4.
+    """FP8-CSCALE: the scale 2**scale_exp2 for every tensor of the run; arXiv 2309.17224.
 
     `input`, `weight` and `grad_output` replace `scale_exp2` for their role. No amax is needed before the cast: one
     pass over the data. Values beyond the range clip (`overflow`), small ones vanish (`underflow`).

@@ -27,7 +27,5 @@ def eager_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every cast by the eager kernels."""
     monkeypatch.setenv(dispatch.ENV, "eager")
     dispatch.kernels_for.cache_clear()
-    dispatch.why.cache_clear()
     yield
     dispatch.kernels_for.cache_clear()
-    dispatch.why.cache_clear()

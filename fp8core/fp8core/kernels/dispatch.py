@@ -62,10 +62,12 @@ def kernels_for(device_type: str) -> Kernels:
     return _load(os.environ.get(ENV, ""), device_type)[0]
 
 
-@functools.cache
 def why(device_type: str) -> str:
     """The name of the kernels chosen for a device type, and the reason where it is not the fastest one."""
-    kernels, reason = _load(os.environ.get(ENV, ""), device_type)
+    try:
+        kernels, reason = _load(os.environ.get(ENV, ""), device_type)
+    except (ValueError, RuntimeError) as error:
+        return f"none ({error})"
     return kernels.__name__.rpartition(".")[2] + (f" ({reason})" if reason else "")
 
 
