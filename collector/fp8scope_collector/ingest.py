@@ -27,6 +27,7 @@ from fp8scope_collector.storage.registry import ContradictionError
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
 
 HOUSEKEEPING_S = 5.0
+REGISTRATIONS_AT_ONCE = 8  # between two groups: a job of 512 ranks must not hold up the others when it starts
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 
@@ -154,7 +155,8 @@ class Ingest:
                     return None
                 if not self._wake.wait(timeout=max(0.0, until - time.monotonic())):
                     break
-            registrations, self._registrations = self._registrations, []
+            registrations = self._registrations[:REGISTRATIONS_AT_ONCE]
+            del self._registrations[:REGISTRATIONS_AT_ONCE]
             group: list[_Put] = []
             rows = 0
             while self._puts and (not group or rows + self._puts[0].batch.rows <= self._limits.group_rows):

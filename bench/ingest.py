@@ -1,0 +1,203 @@
+"""How many rows a second a collector acknowledges: real gRPC, client processes, SQLite with synchronous=FULL.
+
+Each stream sends batches of one step of 560 layers (1,680 rows), zstd level 1, as agents do, at most `window`
+of them unacknowledged. Clients, server and database share the machine's cores. Latency is from before a batch is
+handed to gRPC until its acknowledgement is read; with all streams saturated it is about window x batch / throughput.
+
+    python bench/ingest.py [--seconds 12] [--streams 1 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import zlib
+from datetime import datetime
+from pathlib import Path
+
+import grpc
+import numpy as np
+import zstandard
+
+from fp8core.records import FIELDS
+from fp8scope_protos.v1 import telemetry_pb2 as pb
+from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
+
+ROWS = 1680
+ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
+WARM_UP_S = 2.0
+CLIENTS = 2
+RESULTS = Path(__file__).parent / "results" / "ingest.md"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--seconds", type=float, default=12, help="measured time of each line")
+    arguments.add_argument("--streams", type=int, nargs="*", default=[1, 8], help="agents; one line for each number")
+    arguments.add_argument("--client", nargs=2, metavar=("ADDRESS", "STREAMS"), help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.client:
+        print(json.dumps(run_client(options.client[0], int(options.client[1]), options.seconds)))
+        return
+    lines = [
+        "# Rows acknowledged by one collector",
+        "",
+        f"{machine()}; {datetime.now():%B %Y}. Clients, collector and SQLite (synchronous=FULL) share these cores.",
+        f"Batches of {ROWS:,} rows, {CLIENTS} client processes, {options.seconds:g} s a line: `bench/ingest.py`.",
+        "",
+        "| streams | rows/s | send to acknowledgement, median | p99 | collector's peak memory | bytes a row on disk |",
+        "|---|---|---|---|---|---|",
+    ]
+    for streams in options.streams:
+        lines.append(measure(streams, options.seconds))
+        print(lines[-1])
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def measure(streams: int, seconds: float) -> str:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "bench.db"
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "fp8scope_collector", "serve", "--db", f"sqlite:///{database}"),
+                *("--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert server.stdout
+        try:
+            found = re.search(r"grpc (\S+),", server.stdout.readline())
+            assert found, "the collector did not start"
+            shares = [len(range(client, streams, CLIENTS)) for client in range(min(CLIENTS, streams))]
+            clients = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "--seconds", str(seconds), "--client", found[1], str(share)],
+                    stdout=subprocess.PIPE,
+                )
+                for share in shares
+            ]
+            results = [json.loads(client.communicate()[0]) for client in clients]
+            peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+            assert peak
+        finally:
+            server.terminate()
+            server.wait()
+            server.stdout.close()
+        rows = sum(result["rows"] for result in results)
+        stored = sum(result["all_rows"] for result in results)
+        latencies = np.concatenate([result["latencies_s"] for result in results])
+        return (
+            f"| {streams} | {rows / seconds:,.0f} | {np.median(latencies) * 1e3:,.0f} ms "
+            f"| {np.quantile(latencies, 0.99) * 1e3:,.0f} ms | {int(peak[1]) / 1024:,.0f} MiB "
+            f"| {database.stat().st_size / stored:.0f} |"
+        )
+
+
+def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
+    """Sends over `streams` streams until time is up; what was acknowledged within the measured time."""
+    start = time.perf_counter() + WARM_UP_S
+    latencies: list[float] = []
+    totals: list[int] = []
+
+    def send() -> None:
+        own, acknowledged = converse(address, start, start + seconds)
+        latencies.extend(own)
+        totals.append(acknowledged)
+
+    threads = [threading.Thread(target=send) for _ in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"rows": len(latencies) * ROWS, "all_rows": sum(totals) * ROWS, "latencies_s": latencies}
+
+
+def converse(address: str, start: float, end: float) -> tuple[list[float], int]:
+    """One agent: latencies of the batches acknowledged between `start` and `end`, and how many were in all."""
+    ready = threading.Semaphore(0)
+    sent_at: list[float] = []
+
+    def requests() -> object:
+        yield pb.ClientMessage(open=opening())
+        compressor = zstandard.ZstdCompressor(level=1)
+        columns = first_columns()
+        while ready.acquire() and time.perf_counter() < end:
+            sent_at.append(time.perf_counter())
+            yield pb.ClientMessage(stats=batch(len(sent_at), columns, compressor))
+
+    latencies: list[float] = []
+    acknowledged = 0
+    with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = pb_grpc.TelemetryStub(channel)  # type: ignore[no-untyped-call]  # generated
+        for message in stub.Stream(requests()):
+            now = time.perf_counter()
+            if message.window:
+                ready.release(message.window)
+            while acknowledged < message.ack.up_to_seq:
+                if start <= now < end:
+                    latencies.append(now - sent_at[acknowledged])
+                acknowledged += 1
+                ready.release()
+    return latencies, acknowledged
+
+
+def opening() -> pb.Open:
+    slots = [
+        pb.Slot(slot=i, layer=f"blocks.{i // 3}.fc", role=ROLES[i % 3], format="E4M3FN", recipe="AmaxScaling()")
+        for i in range(ROWS)
+    ]
+    return pb.Open(
+        run="bench", world_size=1, incarnation=1, source_uuid=str(uuid.uuid4()), slots=slots, agent_version="bench"
+    )
+
+
+def first_columns() -> dict[str, np.ndarray]:
+    """Columns of one step with values like those of a training run: noisy floats, mostly small counts."""
+    chance = np.random.default_rng(os.getpid())
+    columns: dict[str, np.ndarray] = {"slot": np.arange(ROWS, dtype="<u4")}
+    for field in FIELDS:
+        if field.dtype == "uint64":
+            columns[field.name] = chance.poisson(3, ROWS).astype("<u8")
+        else:
+            columns[field.name] = chance.lognormal(size=ROWS).astype(f"<f{np.dtype(field.dtype).itemsize}")
+    return columns
+
+
+def batch(seq: int, columns: dict[str, np.ndarray], compressor: zstandard.ZstdCompressor) -> pb.StatsBatch:
+    packed = pb.StatsColumns(
+        step=np.full(ROWS, seq, "<u8").tobytes(),
+        **{name: np.roll(column, seq).tobytes() for name, column in columns.items()},
+    ).SerializeToString()
+    return pb.StatsBatch(
+        seq=seq,
+        rows=ROWS,
+        compression=pb.COMPRESSION_ZSTD,
+        columns_bytes=len(packed),
+        columns_crc32=zlib.crc32(packed),
+        columns=compressor.compress(packed),
+    )
+
+
+def machine() -> str:
+    """The processor and the versions that matter."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of {model[1] if model else platform.machine()}, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    main()
