@@ -9,6 +9,7 @@ exact on a device.
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -19,17 +20,25 @@ from fp8core.records import Role
 from fp8core.scaling import FLOAT32_MAX
 
 
+def amax_scale(amax: Tensor, fmt: Fp8Format, margin: int, clamp: int) -> Tensor:
+    """The scale of `AmaxScaling`: 2**scale_exp2_from_amax(amax).
+
+    A difference of float64 bit patterns, shifted by the mantissa, is the difference of the exponents less one where
+    amax's mantissa is the larger one: what the reference does with frexp, in two operations. (float64, because
+    float32's subnormals are normal there.)
+    """
+    exp2 = (_float64_bits(math.ldexp(fmt.max, -margin)) - amax.double().view(torch.int64)) >> 52
+    return power_of_two(torch.where(_usable(amax), exp2.clamp(-clamp, clamp), 0))
+
+
 def power_of_two(exp2: Tensor) -> Tensor:
     """2**exp2 as float32, for integers from -126 to 127."""
-    return ((exp2.to(torch.int32) + 127) << 23).view(torch.float32)
+    return ((exp2 + 127) << 23).int().view(torch.float32)
 
 
-def amax_scale(amax: Tensor, fmt: Fp8Format, margin: int, clamp: int) -> Tensor:
-    """The scale of `AmaxScaling`: 2**scale_exp2_from_amax(amax)."""
-    max_mantissa, max_exponent = math.frexp(fmt.max)
-    mantissa, exponent = torch.frexp(amax.double())  # float64: float32's subnormals are normal there
-    exp2 = (max_exponent - margin - exponent - (mantissa > max_mantissa).int()).clamp(-clamp, clamp)
-    return power_of_two(torch.where(_usable(amax), exp2, 0))
+def _float64_bits(value: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
 
 
 def current_scale(amax: Tensor, fmt: Fp8Format, *, margin: int = 0, round_down: bool = False) -> Tensor:
@@ -41,7 +50,7 @@ def current_scale(amax: Tensor, fmt: Fp8Format, *, margin: int = 0, round_down: 
 
 
 def _usable(amax: Tensor) -> Tensor:
-    return torch.isfinite(amax) & (amax > 0)
+    return (amax > 0) & (amax <= FLOAT32_MAX)
 
 
 def new_state(recipe: DelayedScaling, device: torch.device | str | None = None) -> Tensor:
