@@ -10,6 +10,7 @@ Ratios are shares of elements, 0 to 1. A missing field, a tensor of zeros (no he
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import sqlalchemy as sa
 from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.engine import open_engine
+from fp8scope_collector.storage.engine import StorageError, display_url, open_engine
 from fp8scope_collector.storage.history import (
     FIRST_STEP,
     LAST_STEP,
@@ -68,6 +69,7 @@ __all__ = [
     "Series",
     "Slot",
     "State",
+    "StorageError",
     "Worst",
 ]
 
@@ -91,7 +93,7 @@ class Reader:
 
     def runs(self) -> list[RunSummary]:
         """All runs, the one heard from last first."""
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             runs = connection.execute(sa.select(schema.run)).all()
             first_step = sa.select(sa.func.min(schema.stats.c.step)).where(
                 schema.stats.c.source_id == schema.source.c.id
@@ -134,7 +136,7 @@ class Reader:
             recipe.c.incarnation == newest.scalar_subquery(),
         )
         query = sa.select(slot, recipe.c.format, recipe.c.recipe, recipe.c.margin).outerjoin_from(slot, recipe, joined)
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             rows = connection.execute(query.where(slot.c.run_id == run_id).order_by(slot.c.slot)).all()
         return [
             Slot(
@@ -153,7 +155,7 @@ class Reader:
 
     def progress(self, run_id: int) -> Progress | None:
         """How far the run is; None before its first row. Costs a few seeks for each rank."""
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             lives = self._lives(connection, run_id)
             if not lives:
                 return None
@@ -195,7 +197,7 @@ class Reader:
             ValueError: the quantity is unknown.
         """
         low, high = quantity_columns(quantity)
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             slots = self._numbers(connection, run_id, roles)
             lives = self._lives(connection, run_id)
             spans = owned_spans(lives, first_step, last_step)
@@ -229,7 +231,7 @@ class Reader:
             ValueError: the quantity is unknown.
         """
         low, high = quantity_columns(by)
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             lives = self._lives(connection, run_id)
             if not lives:
                 return []
@@ -275,7 +277,7 @@ class Reader:
             ValueError: a field is unknown.
         """
         check_fields(fields)
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             lives = self._lives(connection, run_id)
             spans = owned_spans(lives, first_step, last_step)
             if not spans:
@@ -328,7 +330,7 @@ class Reader:
     ) -> list[Scalar]:
         """The named numbers of the training loop (all, or `names`), each by its lowest rank, sorted by name."""
         scalar = schema.scalar.c
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             lives: dict[str, list[Life]] = {}
             for name, life in self._scalar_lives(connection, run_id):
                 if names is None or name in names:
@@ -368,7 +370,7 @@ class Reader:
         fields = [pa.field(name, pa.string() if name in ("layer", "role") else pa.int64()) for name in _ROW_KEY]
         fields += [pa.field(field.name, arrow[field.dtype]) for field in FIELDS]
         layout = pa.schema([pa.field("run", pa.string()), *fields])
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             lives = sa.select(source.id, source.incarnation, source.rank).where(source.run_id == run_id)
             for source_id, incarnation, rank in connection.execute(
                 lives.order_by(source.incarnation, source.rank)
@@ -385,6 +387,16 @@ class Reader:
                         columns += zip(*chunk, strict=True)
                         arrays = [pa.array(c, type=f.type) for c, f in zip(columns, layout, strict=True)]
                         yield pa.RecordBatch.from_arrays(arrays, schema=layout)
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[sa.Connection]:
+        """A connection; what the database refuses is a `StorageError`."""
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            raise StorageError(f"cannot read database {display_url(self._engine.url)}: {reason}") from error
 
     def _summary(self, run: sa.Row[Any], lives: Sequence[sa.Row[Any]], dropped: int) -> RunSummary:
         last_seen = max((life.last_seen_unix_ns for life in lives), default=run.created_unix_ns)

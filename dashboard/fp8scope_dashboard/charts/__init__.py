@@ -1,0 +1,1 @@
+"""What is drawn: figures as plain dicts for plotly.js."""

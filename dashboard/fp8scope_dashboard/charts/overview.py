@@ -1,0 +1,318 @@
+"""The chart of the run page: scalars above, below them layers x steps, one facet for each role, one step axis.
+
+Each quantity says what its colour means: shares on a log scale that begins at the smallest share seen (exact zeros have
+the colour of the ground), headroom relative to the recipe's margin, the scale relative to its median over the steps
+shown, so that a tensor that behaves as it always did has no colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8core.records import Role
+from fp8scope_collector.storage.reader import HeatMap, Quantity, Scalar, Slot
+from fp8scope_dashboard import text, theme
+from fp8scope_dashboard.charts.panels import Stack, layer_axis
+
+Matrix = npt.NDArray[np.float64]
+
+TITLES: dict[Quantity, str] = {
+    "headroom": "headroom − margin, bits",
+    "scale_exp2": "log2 scale, distance from its median",
+    "amax": "amax, log2",
+    "overflow": "overflow, share of elements",
+    "underflow": "underflow, share of elements",
+    "nonfinite": "NaN and Inf, share of elements",
+}
+SHARES = ("overflow", "underflow", "nonfinite")
+MAX_SCALARS = 3
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A heat map made ready for the eye: `z` is coloured, `exact` is what the pointer reads."""
+
+    z: Matrix
+    exact: Matrix
+    scale: dict[str, Any]
+    low: float
+    high: float
+    ticks: list[tuple[float, str]]
+
+
+def overview(
+    heatmap: HeatMap, slots: Sequence[Slot], scalars: Sequence[Scalar], first_step: int, last_step: int
+) -> tuple[theme.Figure, int]:
+    """The figure and its height in px; `slots` are the rows to show, in model order."""
+    rows = np.searchsorted(heatmap.slots, [slot.slot for slot in slots])
+    shown = ready(heatmap, rows, slots)
+    roles = [role for role in Role if any(slot.role == role for slot in slots)]
+    per_role = max(sum(slot.role == role for slot in slots) for role in roles)
+    facet_px = float(
+        np.clip(per_role * (12.5 if len(roles) == 1 else 4.4), 70 if per_role < 8 else 150, 640 / len(roles) + 60)
+    )
+    row_px = facet_px / per_role
+    axis, boundaries, left = layer_axis([slot for slot in slots if slot.role == roles[0]], row_px)
+    lines = list(_by_importance(scalars))[:MAX_SCALARS]
+    line_px = [84 if i == 0 else 40 for i in range(len(lines))]
+    height = int(sum(line_px) + 24 * len(lines) + len(roles) * (facet_px + 26) + 44)
+    stack = Stack(height, top=18, bottom=40)
+    traces: list[dict[str, Any]] = []
+    layout = theme.layout(margin={"l": left, "r": 64, "t": 18, "b": 40})
+    layout["annotations"], layout["shapes"], layout["images"] = [], [], []
+    for i, scalar in enumerate(lines):
+        _add_scalar(traces, layout, scalar, i + 1, stack.take(line_px[i], 24))
+    heat_top = 1.0
+    for i, role in enumerate(roles):
+        number = len(lines) + i + 1
+        low, high = stack.take(facet_px, 26 if i + 1 < len(roles) else 0)
+        heat_top = high if i == 0 else heat_top
+        chosen = [j for j, slot in enumerate(slots) if slot.role == role]
+        _add_facet(traces, layout, heatmap, [slots[j] for j in chosen], shown, chosen, number, (low, high), axis)
+        for boundary in boundaries:
+            layout["shapes"].append(_boundary(boundary, number))
+        heat_bottom = low
+    layout["xaxis"] = theme.step_axis(first_step - 0.5, last_step + 0.5, anchor=_axis("y", len(lines) + len(roles)))
+    layout["coloraxis"] = {
+        "colorscale": shown.scale,
+        "cmin": shown.low,
+        "cmax": shown.high,
+        "colorbar": {
+            "x": 1.0,
+            "xpad": 8,
+            "y": heat_bottom,
+            "yanchor": "bottom",
+            "len": heat_top - heat_bottom,
+            "ypad": 0,
+            "thickness": 9,
+            "outlinewidth": 0,
+            "tickmode": "array",
+            "tickvals": [value for value, _ in shown.ticks],
+            "ticktext": [name for _, name in shown.ticks],
+            "ticks": "",
+        },
+    }
+    layout["annotations"].append(theme.label(TITLES[heatmap.quantity], heat_top, x=1.0, xanchor="right"))
+    return {"traces": traces, "layout": layout}, height
+
+
+def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) -> Shown:
+    """What is coloured and how, for the given rows."""
+    low, high = heatmap.low[rows], heatmap.high[rows]
+    if heatmap.quantity in SHARES:
+        return _shares(heatmap.quantity, high)
+    if heatmap.quantity == "headroom":
+        margins = np.array([slot.margin for slot in slots], dtype=np.float64)[:, None]
+        ticks = [(-6.0, "−6"), (-4.0, "−4"), (-2.0, "−2"), (0.0, "margin"), (2.0, "+2"), (4.0, "+4"), (6.0, "+6")]
+        return Shown(low - margins, low, _maps(theme.HEADROOM), -6, 6, ticks)
+    if heatmap.quantity == "amax":
+        with np.errstate(divide="ignore"):
+            z = np.where(high > 0, np.log2(high), np.nan)
+        bottom, top = _bounds(z)
+        marks = np.unique(np.linspace(bottom, top, 6).round())
+        return Shown(
+            z,
+            z,
+            _maps({"light": theme.CIVIDIS, "dark": theme.CIVIDIS}),
+            bottom,
+            top,
+            [(m, text.exp2(m)) for m in marks],
+        )
+    reference = _median(low)
+    farther = np.where(np.abs(high - reference) >= np.abs(low - reference), high, low)
+    change = farther - reference
+    size = max(2.0, math.ceil(float(np.nanquantile(np.abs(change), 0.995)))) if np.isfinite(change).any() else 2.0
+    marks = np.unique(np.linspace(-size, size, 5).round())
+    return Shown(
+        change,
+        farther,
+        _maps(theme.DIVERGING),
+        -size,
+        size,
+        [(m, f"{m:+.0f}".replace("-", "−") if m else "0") for m in marks],
+    )
+
+
+def _shares(quantity: Quantity, ratio: Matrix) -> Shown:
+    with np.errstate(divide="ignore"):
+        z = np.where(ratio > 0, np.log10(ratio), np.where(np.isnan(ratio), np.nan, -99.0))
+    smallest = float(np.nanmin(np.where(z > -99, z, np.nan))) if (z > -99).any() else -6.0
+    bottom = min(-3.0, math.floor(smallest))
+    zero = 0.07 * -bottom  # the part of the bar below the smallest share: zero
+    colors = theme.LOST if quantity == "underflow" else theme.SHARE
+    scale = {"$theme": {name: theme.share_scale(shades, 0.07 / 1.07) for name, shades in colors.items()}}
+    every = 1 if -bottom <= 6 else 2
+    ticks = [(bottom - zero / 2, "0")] + [(float(e), text.share(10.0**e)) for e in range(0, int(bottom) - 1, -every)]
+    return Shown(z, z, scale, bottom - zero, 0.0, ticks)
+
+
+def _add_scalar(
+    traces: list[Any], layout: dict[str, Any], scalar: Scalar, number: int, domain: tuple[float, float]
+) -> None:
+    mean = (scalar.low + scalar.high) / 2
+    band = {"type": "scatter", "mode": "lines", "xaxis": "x", "yaxis": _axis("y", number), "hoverinfo": "skip"}
+    x = (scalar.step + scalar.last) / 2
+    if (scalar.high > scalar.low).any():
+        filled = {"line": {"width": 0}, "connectgaps": False}
+        traces.append(band | filled | {"x": x, "y": scalar.low.astype(np.float32)})
+        traces.append(
+            band | filled | {"x": x, "y": scalar.high.astype(np.float32), "fill": "tonexty", "fillcolor": "$grid"}
+        )
+    line = {"line": {"width": 1.3, "color": "$text"}, "hoverinfo": "none"}
+    about = {"name": text.shorten(scalar.name, 24), "format": "number"}
+    traces.append(band | line | {"x": x, "y": mean.astype(np.float32), "about": about})
+    if scalar.missing.any():
+        nan = {
+            "mode": "markers",
+            "marker": {"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": "$critical"}},
+        }
+        there = np.flatnonzero(scalar.missing)
+        bottom = float(np.nanmin(scalar.low)) if np.isfinite(scalar.low).any() else 0.0
+        traces.append(band | nan | {"x": x[there], "y": np.full(there.size, bottom, np.float32)})
+    finite = mean[np.isfinite(mean)]
+    spread = (float(np.nanmin(scalar.low)), float(np.nanmax(scalar.high))) if finite.size else (0.0, 1.0)
+    pad = (spread[1] - spread[0]) * 0.08 or abs(spread[0]) * 0.1 or 1.0
+    layout[_axis("yaxis", number)] = theme.value_axis(*domain, range=[spread[0] - pad, spread[1] + pad], nticks=3)
+    now = f"  {text.number(float(finite[-1]))}" if finite.size else ""
+    name = text.plain(text.shorten(scalar.name, 40))
+    layout["annotations"].append(theme.label(f"<b>{name}</b>{now}", domain[1], color="$text"))
+    if scalar.missing.any():
+        note = f"NaN at {text.count(int(scalar.missing.sum()))} steps, first {text.count(int(scalar.step[np.flatnonzero(scalar.missing)[0]]))}"
+        layout["annotations"].append(theme.label(note, domain[1], x=1.0, xanchor="right", color="$critical"))
+
+
+def _add_facet(
+    traces: list[Any],
+    layout: dict[str, Any],
+    heatmap: HeatMap,
+    slots: Sequence[Slot],
+    shown: Shown,
+    rows: Sequence[int],
+    number: int,
+    domain: tuple[float, float],
+    axis: dict[str, Any],
+) -> None:
+    quantity = heatmap.quantity
+    z = shown.z[rows].astype(np.float32)
+    formats = {"headroom": "bits", "scale_exp2": "exp2", "amax": "log2"}
+    lines = [
+        {
+            "name": quantity,
+            "values": shown.exact[rows].astype(np.float32),
+            "format": formats.get(quantity, "log10share"),
+        }
+    ]
+    if quantity == "scale_exp2":
+        lines[0]["name"] = "scale"
+        lines.append({"name": "vs median", "values": None, "format": "change"})
+    role = slots[0].role
+    kinds = sorted({(slot.format, slot.margin) for slot in slots})
+    traces.append(
+        {
+            "type": "heatmap",
+            "xaxis": "x",
+            "yaxis": _axis("y", number),
+            "x": heatmap.steps + (heatmap.width - 1) / 2,
+            "y": np.arange(len(slots)),
+            "z": z,
+            "coloraxis": "coloraxis",
+            "hoverinfo": "none",
+            "hoverongaps": False,
+            "about": {
+                "names": [slot.layer for slot in slots],
+                "slots": [slot.slot for slot in slots],
+                "role": role.value,
+                "width": heatmap.width,
+                "lines": lines,
+            },
+        }
+    )
+    layout[_axis("yaxis", number)] = axis | {
+        "domain": list(domain),
+        "range": [len(slots) - 0.5, -0.5],
+        "fixedrange": True,
+        "showgrid": False,
+        "zeroline": False,
+        "ticks": "",
+        "showline": True,
+        "linecolor": "$line",
+    }
+    layout["images"].append(
+        {
+            "source": {"$theme": {name: _hatch(colors["hatch"]) for name, colors in theme.PALETTES.items()}},
+            "xref": "paper",
+            "yref": "paper",
+            "x": 0,
+            "y": domain[1],
+            "sizex": 1,
+            "sizey": domain[1] - domain[0],
+            "sizing": "fill",
+            "layer": "below",
+        }
+    )
+    kind = ", ".join(f"{form or 'format unknown'}, margin {margin}" for form, margin in kinds)
+    name = f"<b>{role.value}</b>  <span style='font-size:10px'>{kind}</span>"
+    layout["annotations"].append(theme.label(name, domain[1], color=theme.ROLE_COLOR[role]))
+
+
+def _boundary(y: float, number: int) -> dict[str, Any]:
+    line = {"color": "$ground", "width": 1}
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "yref": _axis("y", number),
+        "y0": y,
+        "y1": y,
+        "line": line,
+    }
+
+
+def _hatch(color: str) -> str:
+    """A data address of thin diagonal lines: where nothing is recorded."""
+    pattern = (
+        "<svg xmlns='http://www.w3.org/2000/svg' width='2400' height='900'><defs><pattern id='h' width='6' height='6' "
+        "patternUnits='userSpaceOnUse' patternTransform='rotate(45)'><line x1='0' y1='0' x2='0' y2='6' "
+        f"stroke='{color}' stroke-width='1.6'/></pattern></defs><rect width='2400' height='900' fill='url(#h)'/></svg>"
+    )
+    return "data:image/svg+xml," + pattern.replace("#", "%23").replace("<", "%3C").replace(">", "%3E")
+
+
+def _by_importance(scalars: Sequence[Scalar]) -> list[Scalar]:
+    """loss first, then gradient norms, then the rest by name; constant ones last."""
+
+    def rank(scalar: Scalar) -> tuple[bool, int, str]:
+        name = scalar.name.lower()
+        order = 0 if name == "loss" else 1 if "loss" in name else 2 if "grad" in name else 3
+        return bool(np.nanmax(scalar.high, initial=-np.inf) == np.nanmin(scalar.low, initial=np.inf)), order, name
+
+    return sorted(scalars, key=rank)
+
+
+def _median(values: Matrix) -> Matrix:
+    """Each row's median in whole powers of two, as a column; NaN where nothing is recorded."""
+    recorded = np.where(np.isnan(values).all(axis=1, keepdims=True), 0.0, values)
+    middle = np.round(np.nanmedian(recorded, axis=1, keepdims=True)) if values.shape[1] else np.zeros((len(values), 1))
+    return np.where(np.isnan(values).all(axis=1, keepdims=True), np.nan, middle)
+
+
+def _bounds(z: Matrix) -> tuple[float, float]:
+    if not np.isfinite(z).any():
+        return 0.0, 1.0
+    low, high = (float(q) for q in np.nanquantile(z, [0.001, 0.999]))
+    return (low, high) if high - low > 1 else (low - 1, high + 1)
+
+
+def _maps(colors: dict[str, list[str]]) -> dict[str, Any]:
+    return {"$theme": {name: theme.scale(shades) for name, shades in colors.items()}}
+
+
+def _axis(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}{number}"

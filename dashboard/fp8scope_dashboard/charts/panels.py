@@ -1,0 +1,79 @@
+"""What the charts share: panels stacked by pixels on one step axis, layer names in blocks, sparklines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8scope_collector.storage.reader import Slot
+from fp8scope_dashboard import text
+
+CHARACTER_PX = 6.3
+_BLOCK = re.compile(r"(.*?\.\d+)\.(.+)")
+
+
+@dataclass
+class Stack:
+    """Panels one below the other, each as high as it says, in a figure of a known height."""
+
+    height: int
+    top: int
+    bottom: int
+    used: float = 0.0
+
+    def take(self, height: float, gap: float = 0.0) -> tuple[float, float]:
+        """The next panel's part of the plot's height, as plotly counts it: from below, 0 to 1."""
+        inside = self.height - self.top - self.bottom
+        high = 1 - self.used / inside
+        self.used += height
+        low = 1 - self.used / inside
+        self.used += gap
+        return max(0.0, low), min(1.0, high)
+
+
+def blocks_of(layers: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Consecutive layers of one block together: (block, names within it); a layer outside blocks is its own."""
+    blocks: list[tuple[str, list[str]]] = []
+    for layer in layers:
+        match = _BLOCK.fullmatch(layer)
+        block, leaf = match.groups() if match else (layer, "")
+        if match and blocks and blocks[-1][0] == block:
+            blocks[-1][1].append(leaf)
+        else:
+            blocks.append((block, [leaf]))
+    return blocks
+
+
+def layer_axis(slots: Sequence[Slot], row_px: float) -> tuple[dict[str, Any], list[float], int]:
+    """Ticks of an axis whose rows are layers, the boundaries between blocks, and the width of the labels in px.
+
+    Every row has its name where rows are high enough; otherwise each block has one, or every n-th block.
+    """
+    blocks = blocks_of([slot.layer for slot in slots])
+    starts = np.cumsum([0] + [len(leaves) for _, leaves in blocks])
+    boundaries = [float(start) - 0.5 for start in starts[1:-1]]
+    if row_px >= 10.5:
+        names = []
+        for block, leaves in blocks:
+            names += [f"{block} │ {leaf}" if i == 0 and leaf else leaf or block for i, leaf in enumerate(leaves)]
+        positions = list(range(len(slots)))
+    else:
+        each = max(1, int(np.ceil(12 / (row_px * len(slots) / len(blocks)))))
+        chosen = range(0, len(blocks), each)
+        names = [blocks[i][0] for i in chosen]
+        positions = [float(starts[i] + starts[i + 1] - 1) / 2 for i in chosen]
+    short = [text.shorten(name, 30) for name in names]
+    width = int(max((len(name) for name in short), default=0) * CHARACTER_PX) + 12
+    axis = {"tickmode": "array", "tickvals": positions, "ticktext": [text.plain(name) for name in short]}
+    return axis, boundaries, max(56, width)
+
+
+def spark(values: npt.NDArray[np.float64], bars: int = 42) -> list[float | None]:
+    """Heights of at most `bars` bars, the largest of each group kept; None where nothing is recorded."""
+    groups = np.array_split(values, min(bars, max(1, values.size)))
+    return [None if np.isnan(g).all() else round(float(np.nanmax(g)), 3) for g in groups if g.size]

@@ -1,0 +1,385 @@
+"""The chart of the tensor page: what the format can hold, in the tensor's own units, and where the tensor lies in it.
+
+The window is [smallest subnormal, max] divided by the scale, so it moves as the scale moves; amax is a line inside it,
+overflow a strip above and underflow a strip below, and each change of the scale a tick. Where a point stands for
+several steps the window's top is the lowest of them and amax the highest: the picture errs towards the bad case.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8core.formats import FORMATS, Fp8Format
+from fp8scope_collector.storage.reader import Series, Slot
+from fp8scope_dashboard import text, theme
+from fp8scope_dashboard.charts.panels import Stack
+
+Floats = npt.NDArray[np.float64]
+
+MARGIN = {"l": 78, "r": 16, "t": 20, "b": 40}
+_LINE = {"type": "scatter", "mode": "lines", "xaxis": "x", "hoverinfo": "none"}
+_STEPS = {"shape": "hv"}
+
+
+def tensor_figure(
+    series: Series, slot: Slot, first_step: int, last_step: int, step: int | None
+) -> tuple[theme.Figure, int]:
+    """Window, strips, scale, headroom, shares and SQNR of one tensor on one step axis; `step` is marked."""
+    heights = {"overflow": 13, "window": 270, "underflow": 13, "scale": 70, "headroom": 78, "shares": 92, "sqnr": 64}
+    gaps = {"overflow": 2, "window": 2, "underflow": 30, "scale": 26, "headroom": 26, "shares": 26, "sqnr": 0}
+    height = sum(heights.values()) + sum(gaps.values()) + MARGIN["t"] + MARGIN["b"]
+    stack = Stack(height, MARGIN["t"], MARGIN["b"])
+    domain = {name: stack.take(px, gaps[name]) for name, px in heights.items()}
+    layout = theme.layout(margin=MARGIN, hovermode="x")
+    layout["annotations"], layout["shapes"] = [], []
+    traces: list[dict[str, Any]] = []
+    fmt = FORMATS.get(slot.format)
+    _strip(traces, layout, series, "overflow", 1, domain["overflow"], slot)
+    _window(traces, layout, series, fmt, slot, 2, domain["window"])
+    _strip(traces, layout, series, "underflow", 3, domain["underflow"], slot)
+    _scale(traces, layout, series, 4, domain["scale"])
+    _headroom(traces, layout, series, slot, 5, domain["headroom"], first_step, last_step)
+    _shares(traces, layout, series, 6, domain["shares"])
+    _sqnr(traces, layout, series, 7, domain["sqnr"])
+    layout["xaxis"] = theme.step_axis(first_step - 0.5, last_step + 0.5, anchor="y7")
+    if step is not None:
+        line = {"color": "$text", "width": 1, "dash": "dot"}
+        layout["shapes"].append(
+            {"type": "line", "xref": "x", "x0": step, "x1": step, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+        )
+        at = {
+            "xref": "x",
+            "x": step,
+            "xanchor": "left",
+            "xshift": 3,
+            "yanchor": "top",
+            "font": {"size": 10, "color": "$text"},
+        }
+        layout["annotations"].append(theme.label(f"step {text.count(step)}", domain["window"][1], **at))
+    return {"traces": traces, "layout": layout}, height
+
+
+def small_figure(series: Series, slot: Slot, first_step: int, last_step: int) -> tuple[theme.Figure, int]:
+    """Only the window of a tensor, small: for the other roles of a layer."""
+    height = 170
+    layout = theme.layout(margin={"l": 52, "r": 10, "t": 22, "b": 34}, hovermode="x")
+    layout["annotations"], layout["shapes"] = [], []
+    traces: list[dict[str, Any]] = []
+    _window(traces, layout, series, FORMATS.get(slot.format), slot, 1, (0.0, 1.0), small=True)
+    name = f"<b>{slot.role.value}</b>  <span style='font-size:10px'>{slot.format}, margin {slot.margin}</span>"
+    layout["annotations"].append(theme.label(name, 1.0, color=theme.ROLE_COLOR[slot.role]))
+    layout["xaxis"] = theme.step_axis(first_step - 0.5, last_step + 0.5, anchor="y", nticks=5, title={"text": ""})
+    return {"traces": traces, "layout": layout}, height
+
+
+def _window(
+    traces: list[Any],
+    layout: dict[str, Any],
+    series: Series,
+    fmt: Fp8Format | None,
+    slot: Slot,
+    number: int,
+    domain: tuple[float, float],
+    *,
+    small: bool = False,
+) -> None:
+    x = _middle(series)
+    axis = {"yaxis": _axis("y", number)}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        amax_low, amax_high = np.log2(series.low["amax"]), np.log2(series.high["amax"])
+        rms = 0.5 * np.log2(series.high["sum_sq"] / series.high["numel"])
+    amax_low[np.isinf(amax_low)] = np.nan
+    amax_high[np.isinf(amax_high)] = np.nan
+    rms[np.isinf(rms)] = np.nan
+    edges: list[Floats] = [amax_high, rms]
+    if fmt is not None:
+        tight = series.high["scale_exp2"]
+        top, normal, lowest = (math.log2(v) - tight for v in (fmt.max, fmt.smallest_normal, fmt.smallest_subnormal))
+        edges += [top, lowest]
+        base = _LINE | axis
+        edge = {"width": 1, "color": theme.ROLE_COLOR[slot.role], **_STEPS}
+        none = {"width": 0, **_STEPS}
+        limit = {"name": "max", "format": "log2"}
+        traces += [
+            base | {"x": x, "y": _f4(lowest), "line": none, "about": {"name": "smallest", "format": "log2"}},
+            base
+            | {
+                "x": x,
+                "y": _f4(normal),
+                "line": none,
+                "fill": "tonexty",
+                "fillcolor": "$band2",
+                "about": {"name": "normal", "format": "log2"},
+            },
+            base | {"x": x, "y": _f4(top), "line": edge, "fill": "tonexty", "fillcolor": "$band", "about": limit},
+        ]
+        changed = np.flatnonzero(np.diff(tight) != 0) + 1
+        changed = changed[~np.isnan(tight[changed]) & ~np.isnan(tight[changed - 1])]
+        if not small and changed.size:
+            ticks = {
+                "mode": "markers",
+                "marker": {"symbol": "line-ns", "size": 6, "line": {"width": 1, "color": "$muted"}},
+            }
+            span = [v for v in edges if np.isfinite(v).any()]
+            lowest_value = min(float(np.nanmin(v)) for v in span)
+            floor = lowest_value - 0.5 - 0.03 * (max(float(np.nanmax(v)) for v in span) - lowest_value)
+            traces.append(
+                _LINE
+                | axis
+                | ticks
+                | {"x": x[changed], "y": np.full(changed.size, floor, np.float32), "hoverinfo": "skip"}
+            )
+        if not small and x.size:
+            words = ((top, f"max {text.number(fmt.max)}", "bottom"), (lowest, "subnormal", "bottom"))
+            for value, name, side in words:
+                finite = value[np.isfinite(value)]
+                if finite.size:
+                    layout["annotations"].append(_inside(name, float(finite[0]), side, number))
+    if (amax_high > amax_low).any():
+        band = _LINE | axis | {"x": x, "line": {"width": 0}, "hoverinfo": "skip"}
+        traces.append(band | {"y": _f4(amax_low)})
+        traces.append(band | {"y": _f4(amax_high), "fill": "tonexty", "fillcolor": "$grid"})
+    slots = {"slot": slot.slot}
+    traces.append(
+        _LINE
+        | axis
+        | {
+            "x": x,
+            "y": _f4(rms),
+            "line": {"width": 1, "dash": "dot", "color": "$muted"},
+            "about": {"name": "rms", "format": "log2"} | slots,
+        }
+    )
+    traces.append(
+        _LINE
+        | axis
+        | {
+            "x": x,
+            "y": _f4(amax_high),
+            "line": {"width": 1.5, "color": "$text"},
+            "about": {"name": "amax", "format": "log2"} | slots,
+        }
+    )
+    finite = np.concatenate([edge[np.isfinite(edge)] for edge in edges])
+    low, high = _padded(float(finite.min()), float(finite.max())) if finite.size else (-8.0, 8.0)
+    ticks = _powers(low, high, 4 if small else 8)
+    layout[_axis("yaxis", number)] = theme.value_axis(
+        *domain, range=[low, high], tickmode="array", tickvals=ticks, ticktext=[text.exp2(t) for t in ticks]
+    )
+    if not small:
+        layout[_axis("yaxis", number)]["title"] = {"text": "value", "standoff": 4}
+
+
+def _strip(
+    traces: list[Any],
+    layout: dict[str, Any],
+    series: Series,
+    kind: str,
+    number: int,
+    domain: tuple[float, float],
+    slot: Slot,
+) -> None:
+    """One thin row of shares, coloured as the heat map colours them."""
+    ratio = series.high[f"{kind}_ratio"]
+    with np.errstate(divide="ignore"):
+        z = np.where(ratio > 0, np.log10(ratio), np.where(np.isnan(ratio), np.nan, -99.0))
+    colors = theme.SHARE if kind == "overflow" else theme.LOST
+    traces.append(
+        {
+            "type": "heatmap",
+            "xaxis": "x",
+            "yaxis": _axis("y", number),
+            "x": _middle(series),
+            "y": np.arange(1),
+            "z": z[None, :].astype(np.float32),
+            "zmin": -6.4,
+            "zmax": 0,
+            "colorscale": {"$theme": {name: theme.share_scale(shades, 0.4 / 6.4) for name, shades in colors.items()}},
+            "showscale": False,
+            "hoverinfo": "skip",
+        }
+    )
+    layout[_axis("yaxis", number)] = {
+        "domain": list(domain),
+        "fixedrange": True,
+        "showgrid": False,
+        "zeroline": False,
+        "ticks": "",
+        "tickmode": "array",
+        "tickvals": [0],
+        "ticktext": [kind],
+        "showline": False,
+    }
+    low, high = domain
+    line = {"color": "$line", "width": 1}
+    layout["shapes"].append(
+        {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "yref": "paper", "y0": low, "y1": high, "line": line}
+    )
+
+
+def _scale(traces: list[Any], layout: dict[str, Any], series: Series, number: int, domain: tuple[float, float]) -> None:
+    low, high = series.low["scale_exp2"], series.high["scale_exp2"]
+    _band(traces, series, low, high, number, "$text", {"name": "scale", "format": "exp2"}, stepped=True)
+    bottom, top = _range(low, high, least=2.0)
+    ticks = _powers(bottom, top, 4)
+    layout[_axis("yaxis", number)] = theme.value_axis(
+        *domain, range=[bottom, top], tickmode="array", tickvals=ticks, ticktext=[text.exp2(t) for t in ticks]
+    )
+    layout["annotations"].append(theme.label("<b>scale</b>, multiplies into FP8", domain[1]))
+
+
+def _headroom(
+    traces: list[Any],
+    layout: dict[str, Any],
+    series: Series,
+    slot: Slot,
+    number: int,
+    domain: tuple[float, float],
+    first_step: int,
+    last_step: int,
+) -> None:
+    low, high = series.low["headroom"], series.high["headroom"]
+    _band(traces, series, low, high, number, "$text", {"name": "headroom", "format": "bits"}, worst=low)
+    bottom, top = _range(low, high, least=2.0)
+    bottom, top = min(bottom, -0.4), max(top, slot.margin + 0.6)
+    axis = _axis("y", number)
+    ends = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": axis}
+    layout["shapes"] += [
+        {
+            "type": "rect",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "yref": axis,
+            "y0": bottom,
+            "y1": 0,
+            "line": {"width": 0},
+            "fillcolor": "$overflow",
+            "opacity": 0.1,
+            "layer": "below",
+        },
+        ends | {"y0": slot.margin, "y1": slot.margin, "line": {"color": "$muted", "width": 1, "dash": "dash"}},
+    ]
+    layout[_axis("yaxis", number)] = theme.value_axis(*domain, range=[bottom, top], nticks=4)
+    layout["annotations"].append(
+        theme.label(f"<b>headroom</b>, bits; dashed: margin {slot.margin}; below 0: clipping", domain[1])
+    )
+
+
+def _shares(
+    traces: list[Any], layout: dict[str, Any], series: Series, number: int, domain: tuple[float, float]
+) -> None:
+    axis = {"yaxis": _axis("y", number)}
+    x = _middle(series)
+    smallest = 1e-3
+    for kind, style in (("underflow", {"dash": "solid", "width": 1.1}), ("overflow", {"dash": "solid", "width": 1.5})):
+        ratio = series.high[f"{kind}_ratio"]
+        positive = np.where(ratio > 0, ratio, np.nan)
+        if np.isfinite(positive).any():
+            smallest = min(smallest, float(np.nanmin(positive)))
+        with np.errstate(divide="ignore"):
+            y = np.log10(positive)
+        about = {"name": kind, "format": "share", "values": ratio.astype(np.float32)}
+        traces.append(
+            _LINE
+            | axis
+            | {
+                "mode": "lines+markers",
+                "marker": {"size": 2.5},
+                "x": x,
+                "y": _f4(y),
+                "line": style | {"color": f"${kind}"},
+                "about": about,
+            }
+        )
+    bottom = math.floor(math.log10(smallest)) - 0.3
+    ticks = list(range(0, math.floor(bottom), -2 if bottom < -4 else -1))
+    layout[_axis("yaxis", number)] = theme.value_axis(
+        *domain, range=[bottom, 0.2], tickmode="array", tickvals=ticks, ticktext=[text.share(10.0**t) for t in ticks]
+    )
+    layout["annotations"].append(theme.label("<b>overflow</b>", domain[1], color="$overflow"))
+    layout["annotations"].append(theme.label("<b>underflow</b>", domain[1], color="$underflow", xshift=58))
+    layout["annotations"].append(theme.label("share of elements; zero is not drawn", domain[1], xshift=124))
+
+
+def _sqnr(traces: list[Any], layout: dict[str, Any], series: Series, number: int, domain: tuple[float, float]) -> None:
+    low, high = series.low["sqnr_db"], series.high["sqnr_db"]
+    _band(traces, series, low, high, number, "$text", {"name": "SQNR", "format": "db"}, worst=low)
+    bottom, top = _range(low, high, least=4.0)
+    layout[_axis("yaxis", number)] = theme.value_axis(*domain, range=[bottom, top], nticks=3)
+    layout["annotations"].append(theme.label("<b>SQNR</b>, dB", domain[1]))
+
+
+def _band(
+    traces: list[Any],
+    series: Series,
+    low: Floats,
+    high: Floats,
+    number: int,
+    color: str,
+    about: dict[str, Any],
+    *,
+    worst: Floats | None = None,
+    stepped: bool = False,
+) -> None:
+    """A line with the band of its extremes behind it, where a point stands for several steps."""
+    axis = {"yaxis": _axis("y", number)}
+    shape = _STEPS if stepped else {}
+    x = _middle(series)
+    if (high > low).any():
+        band = _LINE | axis | {"x": x, "line": {"width": 0} | shape, "hoverinfo": "skip"}
+        traces.append(band | {"y": _f4(low)})
+        traces.append(band | {"y": _f4(high), "fill": "tonexty", "fillcolor": "$band"})
+    line = {"width": 1.2, "color": color} | shape
+    traces.append(_LINE | axis | {"x": x, "y": _f4(high if worst is None else worst), "line": line, "about": about})
+
+
+def _inside(name: str, y: float, side: str, number: int) -> dict[str, Any]:
+    """A word at the left end of a line of the window, on one side of it."""
+    at = {
+        "xref": "paper",
+        "x": 0,
+        "xanchor": "left",
+        "yref": _axis("y", number),
+        "y": y,
+        "yanchor": side,
+        "showarrow": False,
+    }
+    return {"text": name, **at, "xshift": 4, "font": {"size": 10, "color": "$muted"}}
+
+
+def _range(low: Floats, high: Floats, *, least: float) -> tuple[float, float]:
+    """The limits of an axis for these values, at least `least` apart."""
+    if not np.isfinite(low).any():
+        return 0.0, least
+    bottom, top = float(np.nanmin(low[np.isfinite(low)])), float(np.nanmax(high[np.isfinite(high)]))
+    pad = max((top - bottom) * 0.1, (least - (top - bottom)) / 2, 0.2)
+    return bottom - pad, top + pad
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    """Room for a line of text above and the marks of scale changes below."""
+    return low - 0.05 * (high - low) - 0.8, high + 0.06 * (high - low) + 0.3
+
+
+def _powers(low: float, high: float, most: int) -> list[int]:
+    """Integer exponents for at most `most` ticks within [low, high]."""
+    each = max(1, math.ceil((high - low) / most))
+    each = next((nice for nice in (1, 2, 4, 8, 16, 32, 64) if nice >= each), each)
+    return [e for e in range(math.ceil(low), math.floor(high) + 1) if e % each == 0]
+
+
+def _middle(series: Series) -> Floats:
+    return (series.step + series.last) / 2
+
+
+def _f4(values: Floats) -> npt.NDArray[np.float32]:
+    return values.astype(np.float32)
+
+
+def _axis(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}{number}"

@@ -1,0 +1,168 @@
+"""What the views ask of the database, cached: one reader for the process, heat maps that fetch only what is new.
+
+A heat map of a live run is kept per (run, quantity, range) and shared by everybody who looks at it. Each tick asks the
+run's cursor and reads the columns that may have changed; a resume or a new column width reads it whole again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import streamlit as st
+
+from fp8scope_collector.storage.reader import (
+    HeatMap,
+    Progress,
+    Quantity,
+    Reader,
+    RunSummary,
+    Scalar,
+    Series,
+    Slot,
+    Worst,
+)
+
+MAX_COLUMNS = 500
+MAX_POINTS = 750
+TENSOR_FIELDS = (
+    *("amax", "scale_min", "scale_max", "scale_exp2", "headroom", "numel", "zeros"),
+    *("overflow", "underflow", "subnormal", "nonfinite", "sum_sq"),
+    *("overflow_ratio", "underflow_ratio", "subnormal_ratio", "sqnr_db"),
+)
+
+
+def database_url() -> str:
+    """The database of this dashboard."""
+    return os.environ.get("FP8SCOPE_DB", "sqlite:///fp8scope.db")
+
+
+@st.cache_resource(show_spinner=False)
+def _reader(url: str) -> Reader:
+    return Reader(url)
+
+
+def reader() -> Reader:
+    """The reader of this process.
+
+    Raises:
+        StorageError: the database cannot be read; asked again, it tries again.
+    """
+    return _reader(database_url())
+
+
+@st.cache_data(ttl=1.0, max_entries=4, show_spinner=False)
+def _runs(url: str) -> list[RunSummary]:
+    return _reader(url).runs()
+
+
+def runs() -> list[RunSummary]:
+    """All runs, at most a second old."""
+    return _runs(database_url())
+
+
+def run(ref: str) -> RunSummary | None:
+    """The run called `ref`; None if there is none, or more than one."""
+    found = [run for run in runs() if run.ref == ref] or [run for run in runs() if run.name == ref]
+    return found[0] if len(found) == 1 else None
+
+
+@st.cache_data(ttl=10.0, max_entries=64, show_spinner=False)
+def slots(_url: str, run_id: int, incarnations: int) -> list[Slot]:
+    """The slots of a run; they change only when it is resumed."""
+    return reader().slots(run_id)
+
+
+def slots_of(run: RunSummary) -> list[Slot]:
+    """The slots of a run, in model order."""
+    return slots(database_url(), run.id, run.incarnations)
+
+
+@st.cache_data(ttl=1.5, max_entries=64, show_spinner=False)
+def worst(_url: str, run_id: int, rows: int) -> tuple[Worst, str] | None:
+    """The tensor with the largest share of NaN and Inf in the newest steps, or of overflow; None: there is neither."""
+    kinds: tuple[tuple[Quantity, str], ...] = (("nonfinite", "NaN or Inf"), ("overflow", "overflow"))
+    for quantity, name in kinds:
+        if found := reader().top(run_id, last_steps=50, limit=1, by=quantity):
+            return found[0], name
+    return None
+
+
+@st.cache_data(ttl=1.5, max_entries=64, show_spinner=False)
+def scalars(_url: str, run_id: int, rows: int, first_step: int, last_step: int) -> list[Scalar]:
+    """The scalars of a run over a range of steps."""
+    return reader().scalars(run_id, first_step=first_step, last_step=last_step, max_points=MAX_POINTS)
+
+
+@st.cache_data(ttl=1.5, max_entries=256, show_spinner=False)
+def series(_url: str, run_id: int, rows: int, slot: int, first_step: int, last_step: int) -> Series:
+    """Everything that is recorded about one slot over a range of steps."""
+    return reader().series(
+        run_id, slot, TENSOR_FIELDS, first_step=first_step, last_step=last_step, max_points=MAX_POINTS
+    )
+
+
+@dataclass
+class LiveHeatMap:
+    """The heat map of one quantity over one range, extended by what is new; `last_step` None follows the run."""
+
+    run_id: int
+    quantity: Quantity
+    first_step: int
+    last_step: int | None
+    progress: Progress | None = None
+    _map: HeatMap | None = None
+    _read_at: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self) -> HeatMap | None:
+        """The map as it is now, at most half a second old; None before the first row."""
+        with self._lock:
+            if time.monotonic() - self._read_at > 0.5:
+                self._update(reader())
+                self._read_at = time.monotonic()
+            return self._map
+
+    def _update(self, source: Reader) -> None:
+        before, now = self.progress, source.progress(self.run_id)
+        if now is None or now == before:
+            self.progress = now
+            return
+        end = now.last_step if self.last_step is None else self.last_step
+        known = self._map
+        if known is None or before is None or before.lives != now.lives or known.low.shape[1] == 0:
+            fresh = self._whole(source, end)
+        else:
+            since = max(before.settled_step // known.width, known.first_column)
+            if end // known.width - known.first_column + 1 > MAX_COLUMNS:
+                fresh = self._whole(source, end)
+            else:
+                part = source.heatmap(
+                    self.run_id, self.quantity, first_step=since * known.width, last_step=end, width=known.width
+                )
+                fresh = _extended(known, part)
+        self._map, self.progress = fresh, now
+
+    def _whole(self, source: Reader, end: int) -> HeatMap:
+        return source.heatmap(
+            self.run_id, self.quantity, first_step=self.first_step, last_step=end, max_columns=MAX_COLUMNS
+        )
+
+
+def _extended(known: HeatMap, part: HeatMap) -> HeatMap:
+    """`known` with its last columns replaced, and new ones added, by `part`."""
+    if not part.low.shape[1] or part.slots.size != known.slots.size:
+        return known
+    keep = part.first_column - known.first_column
+    gap = np.full((known.slots.size, max(0, keep - known.low.shape[1])), np.nan)
+    low, high = (np.hstack([a[:, :keep], gap, b]) for a, b in ((known.low, part.low), (known.high, part.high)))
+    return replace(known, low=low, high=high)
+
+
+@st.cache_resource(max_entries=24, show_spinner=False)
+def live_heatmap(_url: str, run_id: int, quantity: Quantity, first_step: int, last_step: int | None) -> LiveHeatMap:
+    """The shared heat map of this run, quantity and range."""
+    return LiveHeatMap(run_id, quantity, first_step, last_step)

@@ -1,0 +1,191 @@
+"""One run, live: scalars and the heat map of layers x steps on one axis, the worst tensors beside it.
+
+A cell or an entry opens the tensor at that step. A range drawn in the chart becomes the range of the address, and the
+columns get as fine as it allows; a double click goes back to the whole run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import streamlit as st
+
+from fp8core.records import Role
+from fp8scope_collector.storage.reader import HeatMap, Quantity, RunSummary, Slot
+from fp8scope_dashboard import links, queries, text
+from fp8scope_dashboard.charts import overview, ranking
+from fp8scope_dashboard.component import panel
+from fp8scope_dashboard.views import shell
+
+QUANTITIES: dict[Quantity, str] = {
+    "scale_exp2": "scale",
+    "amax": "amax",
+    "headroom": "headroom",
+    "overflow": "overflow",
+    "underflow": "underflow",
+    "nonfinite": "NaN, Inf",
+}
+ALL = "all"
+RECENT_STEPS = 100
+WORST = 12
+
+
+def view() -> None:
+    """The page of the run that the address names."""
+    where = shell.here()
+    run = shell.pick_run(where)
+    if run is None:
+        return
+    st.fragment(shell.guarded(_header), run_every=shell.live(run))(where)
+    if run.first_step is None:
+        age = text.duration((time.time_ns() - run.last_seen_unix_ns) / 1e9)
+        st.info(f"This run has no rows yet; last heard from {age} ago. They appear with its first `monitor.step()`.")
+        st.fragment(_wait_for_rows, run_every=shell.TICK_S)(run.ref)
+        return
+    _controls(where, run)
+    st.fragment(shell.guarded(_body), run_every=shell.live(run))(where)
+
+
+def _header(where: links.Where) -> None:
+    if run := queries.run(where.run):
+        shell.follow(panel.header("header", crumbs=shell.crumbs(run), status=shell.status(run)))
+
+
+def _wait_for_rows(ref: str) -> None:
+    run = queries.run(ref)
+    if run is not None and run.first_step is not None:
+        st.rerun()
+
+
+def _controls(where: links.Where, run: RunSummary) -> None:
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        names: Mapping[str, str] = {str(quantity): name for quantity, name in QUANTITIES.items()}
+        shell.choose(
+            "quantity", list(names), where.quantity, names, lambda q: replace(where, quantity=links.quantity(q))
+        )
+        roles = [*(role.value for role in Role), ALL]
+        role = where.role.value if where.role else ALL
+        shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == ALL else Role(r)))
+        _range(where, run)
+        _filter(where)
+
+
+def _range(where: links.Where, run: RunSummary) -> None:
+    """The range as a slider; its right end at the newest step follows the run."""
+    first, last = run.first_step or 0, run.last_step or 0
+    if last <= first:
+        return
+    start = min(max(first, where.first_step or first), last)
+    end = last if where.last_step is None else max(start, min(last, where.last_step))
+    key = f"range {first} {start} {where.last_step}"
+
+    def changed() -> None:
+        new_start, new_end = st.session_state[key]
+        range_of = {
+            "first_step": new_start if new_start > first else None,
+            "last_step": new_end if new_end < last else None,
+        }
+        shell.move(replace(where, **range_of))
+
+    st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=230)
+
+
+def _filter(where: links.Where) -> None:
+    key = f"filter {where.filter}"
+
+    def changed() -> None:
+        shell.move(replace(where, filter=st.session_state[key].strip()))
+
+    placeholder = "filter: blocks.1*.mlp*"
+    st.text_input(
+        "filter",
+        where.filter,
+        200,
+        key,
+        on_change=changed,
+        placeholder=placeholder,
+        label_visibility="collapsed",
+        width=190,
+    )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What is shown: the slots and the steps of the address, as far as the run is."""
+
+    run: RunSummary
+    slots: list[Slot]
+    first: int
+    last: int
+
+    def heatmap(self, where: links.Where, quantity: Quantity) -> HeatMap | None:
+        """The map of one quantity over these steps."""
+        return queries.live_heatmap(queries.database_url(), self.run.id, quantity, self.first, where.last_step).read()
+
+
+def _body(where: links.Where) -> None:
+    run = queries.run(where.run)
+    if run is None or run.last_step is None or run.first_step is None:
+        return
+    slots = [slot for slot in links.matching(queries.slots_of(run), where.filter) if where.role in (None, slot.role)]
+    if not slots:
+        st.info(f"No layer matches {shell.escaped(where.filter)}. A glob must match the whole name: blocks.1\\*.mlp\\*")
+        return
+    last = run.last_step if where.last_step is None else min(run.last_step, where.last_step)
+    window = _Window(run, slots, max(run.first_step, where.first_step or 0), last)
+    heatmap = window.heatmap(where, where.quantity)
+    if heatmap is None or not heatmap.low.shape[1]:
+        steps = f"{text.count(window.first)} and {text.count(last)}"
+        st.info(
+            f"No rows between steps {steps}; the run has {text.count(run.first_step)} to {text.count(run.last_step)}."
+        )
+        return
+    scalars = queries.scalars(queries.database_url(), run.id, run.rows, window.first, last)
+    chart, beside = st.columns([3.5, 1], gap="small")
+    with chart:
+        figure, height = overview.overview(heatmap, slots, scalars, window.first, last)
+        explicit = None if (where.first_step, where.last_step) == (None, None) else [window.first, last]
+        note = [_note(heatmap, window), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
+        event = panel.chart("overview", figure, height=height, view=explicit, clickable=True, note=note)
+    with beside:
+        shell.follow(_worst(where, window))
+    if isinstance(event, panel.Click):
+        if slot := next((slot for slot in slots if slot.slot == event.slot), None):
+            shell.go(replace(where, layer=slot.layer, role=slot.role, step=event.step))
+    elif isinstance(event, panel.Zoom):
+        shell.go(shell.zoomed(where, event, run.last_step))
+
+
+def _note(heatmap: HeatMap, window: _Window) -> str:
+    steps = text.count(window.last - window.first + 1)
+    if heatmap.width == 1:
+        return f"every one of {steps} steps"
+    return f"{text.count(heatmap.low.shape[1])} columns of {heatmap.width} steps for {steps} steps, extremes kept"
+
+
+def _worst(where: links.Where, window: _Window) -> panel.Event | None:
+    """The ranking beside the map: what the newest steps shown lost, worst first."""
+    maps = [window.heatmap(where, quantity) for quantity in ranking.LOSSES]
+    ranked = ranking.worst([m for m in maps if m is not None], window.slots, RECENT_STEPS)[:WORST]
+    entries = [
+        {
+            "to": replace(where, layer=entry.slot.layer, role=entry.slot.role).to(),
+            "cells": [
+                {"text": entry.slot.layer, "role": entry.slot.role.value, "sub": entry.slot.role.value},
+                {
+                    "text": text.share(entry.share),
+                    "right": True,
+                    "style": "fs-strong",
+                    "sub": entry.what,
+                    "title": entry.since,
+                },
+                {"spark": entry.spark, "color": entry.color},
+            ],
+        }
+        for entry in ranked
+    ]
+    recent = f"last {text.count(min(RECENT_STEPS, window.last - window.first + 1))} steps"
+    empty = f"Nothing overflowed or underflowed in the {recent}."
+    return panel.table("worst", entries, title="worst tensors", subtitle=recent, empty=empty)
