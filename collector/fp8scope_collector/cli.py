@@ -1,6 +1,7 @@
 """The command `fp8scope`: run a collector, list runs, export one, open the dashboard.
 
 Each option can be given by an environment variable too. What a user can cause ends in one sentence and exit code 1.
+Each command imports what it needs itself: a collector starts without Arrow, a list of runs without gRPC.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import json
 import os
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import sqlalchemy as sa
 import structlog
 import typer
 
 from fp8scope_collector.config import ConfigError, parse_address, serve_config
-from fp8scope_collector.export import EmptyRunError, Format, write_rows
 from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
-from fp8scope_collector.storage.reader import Reader, RunNotFound, RunSummary
+from fp8scope_collector.storage.readmodels import RunNotFound, RunSummary
 
 app = typer.Typer(
     help="Watches FP8 training: stores what agents send, exports it, shows it.",
@@ -51,7 +51,7 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}")
     except sa.exc.DBAPIError as error:
         _fail(f"the database failed: {' '.join(str(error.orig).split())}")
-    except (StorageError, ConfigError, RunNotFound, EmptyRunError) as error:
+    except (StorageError, ConfigError, RunNotFound) as error:
         _fail(str(error))
 
 
@@ -109,6 +109,8 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
 ) -> None:
     """List the runs, the one heard from last first."""
+    from fp8scope_collector.storage.reader import Reader
+
     found = Reader(db).runs()
     if as_json:
         typer.echo(json.dumps([{"run": run.ref} | dataclasses.asdict(run) for run in found], indent=2))
@@ -121,11 +123,16 @@ def export(
     run: Run,
     out: Annotated[str, typer.Option("--out", help="The file to write, replaced when complete; - is standard output.")],
     db: Database = DEFAULT_URL,
-    file_format: Annotated[Format, typer.Option("--format", help="csv or parquet.")] = "csv",
+    file_format: Annotated[Literal["csv", "parquet"], typer.Option("--format", help="csv or parquet.")] = "csv",
 ) -> None:
     """Write all rows of a run to a file."""
+    from fp8scope_collector.export import write_rows
+    from fp8scope_collector.storage.reader import Reader
+
     reader = Reader(db)
     rows = write_rows(reader.rows(reader.run(run).id), file_format, out)
+    if not rows:
+        raise ConfigError(f"run {run!r} has no rows; nothing was written")
     print(f"{rows:,} rows of {run} written to {'standard output' if out == '-' else out}", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ Floats are in the shortest form that reads back as the same number; a null is an
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -25,26 +26,22 @@ class _Writer(Protocol):
     def write_batch(self, batch: pa.RecordBatch) -> None: ...
 
 
-class EmptyRunError(Exception):
-    """There is nothing to export."""
-
-
 def write_rows(batches: Iterator[pa.RecordBatch], file_format: Format, out: str) -> int:
     """Writes `batches`, of one schema, to the file `out`, or to standard output for "-"; returns the number of rows.
 
+    Where there are none, no file is made.
+
     Raises:
-        EmptyRunError: there are none.
         OSError: the file cannot be written; what was there before is unchanged.
     """
     first = next(batches, None)
-    if first is None:
-        raise EmptyRunError("the run has no rows yet; nothing was written")
     rows = 0
+    if first is None:
+        return rows
     with _target(out) as file, _writer(file_format, file, first.schema) as writer:
-        while first is not None:
-            writer.write_batch(_without_formulas(first) if file_format == "csv" else first)
-            rows += first.num_rows
-            first = next(batches, None)
+        for batch in itertools.chain([first], batches):
+            writer.write_batch(_without_formulas(batch) if file_format == "csv" else batch)
+            rows += batch.num_rows
     return rows
 
 
@@ -60,6 +57,8 @@ def _target(out: str) -> Iterator[BinaryIO]:
         with unfinished.open("wb") as file:
             yield file
         unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 

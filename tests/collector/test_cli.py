@@ -127,8 +127,14 @@ def test_an_export_that_fails_leaves_the_old_file(stored: str, tmp_path: Path, r
 
     failed = run("export", "empty", "--db", stored, "--out", str(out), fails=True)
 
-    assert failed.stderr == "fp8scope: the run has no rows yet; nothing was written\n"
+    assert failed.stderr == "fp8scope: run 'empty' has no rows; nothing was written\n"
     assert out.read_text() == "old"
+
+
+def test_a_directory_that_is_not_there_is_a_sentence(stored: str, run: Run) -> None:
+    failed = run("export", "first", "--db", stored, "--out", "/nowhere/out.csv", fails=True)
+
+    assert failed.stderr == "fp8scope: /nowhere/out.csv: No such file or directory\n"
 
 
 def test_a_closed_pipe_is_no_traceback(stored: str) -> None:
@@ -166,6 +172,7 @@ def test_a_closed_pipe_is_no_traceback(stored: str) -> None:
         (["serve", "--grpc", "0.0.0.0:0"], "--grpc 0.0.0.0:0 can be reached from other machines, and this version has"),
         (["serve", "--metrics", "[::]:0"], "--metrics [::]:0 can be reached from other machines"),
         (["serve", "--metrics", "no.such.host.invalid:0"], "host 'no.such.host.invalid' is unknown: "),
+        (["serve", "--db", "sqlite:///."], "cannot open database sqlite:///.: unable to open database file"),
         (["dashboard", "--listen", "8501"], "--listen is '8501'; expected HOST:PORT"),
     ],
 )
