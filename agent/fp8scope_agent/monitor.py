@@ -98,7 +98,7 @@ class Monitor:
             spool_bytes=drain.spool_bytes,
             spool=str(folder) if folder is not None else None,
             connected=status.connected,
-            problem=problems[-1] if problems and not status.connected else None,
+            problem=problems[-1] if problems and not status.connected and not drain.delivered else None,
             agent_cpu_s=self._step_cpu_s + drain.cpu_s,
         )
 

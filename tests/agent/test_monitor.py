@@ -427,7 +427,9 @@ def test_troubles_of_the_sender_are_said_once_in_the_training_log(
             time.sleep(0.05)
         snapshot = monitor.snapshot()
         collector.behaviour = Behaviour()
+        monitor.close(timeout_s=20)
 
+    assert monitor.snapshot().problem is None
     assert snapshot.problem is not None
     assert "FP8SCOPE_TOKEN" in snapshot.problem
     assert len([sentence for sentence in warnings_of() if "refuses the token" in sentence]) == 1

@@ -129,7 +129,7 @@ def send(spool: Spool) -> Iterator[Callable[..., Sending]]:
 def assert_everything_once(collector: FakeCollector, spool: Spool) -> None:
     source = collector.source
     assert sorted(source.rows) == [(step, slot) for step in range(spool.steps) for slot in range(SLOTS)]
-    assert source.duplicate_rows == 0
+    assert source.duplicate_rows == source.resent == 0
     assert len(source.scalars) == spool.steps
 
 

@@ -193,17 +193,21 @@ def test_the_bound_holds_and_the_oldest_records_go_first(tmp_path: Path) -> None
 
 
 def test_rows_that_the_collector_has_are_not_counted_as_dropped(tmp_path: Path) -> None:
-    writer = SpoolWriter(tmp_path, max_bytes=4000, segment_bytes=1000)
-    items = records(60)
-    reader = SpoolReader(tmp_path)
-    for item in items[:50]:
+    per_segment = 10
+    size = per_segment * (HEADER_BYTES + 40)
+    writer = SpoolWriter(tmp_path, max_bytes=4 * size, segment_bytes=size)
+    items = records(5 * per_segment)
+    for item in items[:20]:
         writer.append(item)
-    reader.forget(Acked(50, 0))
+    SpoolReader(tmp_path).forget(Acked(15, 0))  # in the middle of the second segment
 
-    for item in items[50:]:
+    for item in items[20:]:
+        writer.append(item)
+    for item in records(per_segment, first=51):  # the second segment has to go
         writer.append(item)
 
-    assert writer.dropped_rows == 0
+    assert [int(path.stem) for path in segments(tmp_path)] == [21, 31, 41, 51]
+    assert writer.dropped_rows == sum(item.rows or 1 for item in items[15:20])
 
 
 def test_a_reader_whose_segment_is_given_up_goes_on_with_the_next(tmp_path: Path) -> None:
