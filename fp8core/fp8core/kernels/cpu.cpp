@@ -60,9 +60,14 @@ template <class To, class From> inline To bit_cast(From from) {
 
 template <class V> inline V select(V mask, V yes, V no) { return (mask & yes) | (~mask & no); }
 
-// Between bytes and ints by way of shorts: GCC 12 does it element by element otherwise.
+// Between ints and bytes by way of shorts: GCC 12 does it element by element otherwise, except that it knows AVX-512's
+// instruction. Narrowing keeps the low bits.
 inline QuarterRegister narrow(Ints lanes) {
+#if defined(__AVX512F__)
+    return __builtin_convertvector(lanes, QuarterRegister);
+#else
     return __builtin_convertvector(__builtin_convertvector(lanes, HalfRegister), QuarterRegister);
+#endif
 }
 inline Ints widen(QuarterRegister lanes) {
     return __builtin_convertvector(__builtin_convertvector(lanes, HalfRegister), Ints);
@@ -151,30 +156,56 @@ struct Tally {
     }
 };
 
-template <class In> void scan(const typename In::Word* x, int n, Tally& tally) {
-    typedef typename In::Words Words;
-    constexpr int COUNT = sizeof(Words) / sizeof(typename In::Word);
-    Words largest{}, zeros{}, nonfinite{};
-    for (int i = 0; i < n; i += COUNT) {
-        const Words a = load<Words>(x + i) & In::MAGNITUDE;
-        const Words finite = a <= In::LAST_FINITE;
-        const Words finite_a = a & finite;
-        largest = finite_a > largest ? finite_a : largest;
-        zeros -= Words(a == 0);
-        nonfinite -= Words(~finite);
-    }
-    typename In::Word amax = 0;
-    for (int i = 0; i < COUNT; ++i)
-        if (typename In::Word(largest[i]) > amax) amax = typename In::Word(largest[i]);
-    tally.amax = to_float<In>(amax);
-    tally.zeros = total(zeros);
-    tally.nonfinite = total(nonfinite);
+template <class In> typename In::Word largest_of(typename In::Words lanes) {
+    typename In::Word largest = 0;
+    for (unsigned i = 0; i < sizeof lanes / sizeof largest; ++i)
+        if (typename In::Word(lanes[i]) > largest) largest = typename In::Word(lanes[i]);
+    return largest;
 }
 
-// NONFINITE: the block holds an Inf or NaN, which take no part in overflow and sums.
-template <class In, bool STATS, bool NONFINITE>
+// amax and nonfinite; with ZEROS zeros too.
+template <class In, bool ZEROS> void scan(const typename In::Word* x, int n, Tally& tally) {
+    typedef typename In::Words Words;
+    constexpr int COUNT = sizeof(Words) / sizeof(typename In::Word);
+    Words largest{}, zeros{};
+    for (int i = 0; i < n; i += COUNT) {
+        const Words a = load<Words>(x + i) & In::MAGNITUDE;
+        largest = a > largest ? a : largest;
+        if (ZEROS) zeros -= Words(a == 0);
+    }
+    tally.zeros = total(zeros);
+    if (largest_of<In>(largest) > In::LAST_FINITE) {
+        Words nonfinite{};
+        largest = Words{};
+        for (int i = 0; i < n; i += COUNT) {
+            const Words a = load<Words>(x + i) & In::MAGNITUDE;
+            const Words finite = a <= In::LAST_FINITE;
+            const Words finite_a = a & finite;
+            largest = finite_a > largest ? finite_a : largest;
+            nonfinite -= Words(~finite);
+        }
+        tally.nonfinite = total(nonfinite);
+    }
+    tally.amax = to_float<In>(largest_of<In>(largest));
+}
+
+void drop_signed_zeros(uint8_t* q, int n) {
+    for (int i = 0; i < n; i += VECTOR_BYTES) {
+        const Bytes code = load<Bytes>(q + i);
+        const Bytes kept = code & Bytes(code != -128);
+        std::memcpy(q + i, &kept, sizeof kept);
+    }
+}
+
+// CAREFUL: the block may hold an Inf or NaN, which take no part in overflow and sums, or values that are clipped.
+template <class In, bool STATS, bool CAREFUL>
 void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target, Tally& tally) {
     const int shift = 23 - target.mantissa_bits;
+    const int fields = target.smallest_normal >> shift;
+    // Added to a magnitude, a power of two rounds it to a multiple of its own last place. `to_place` makes one from a
+    // binade whose last place is the format's there; its low bits, an even number, make those of the sum, plus the
+    // binade's number, the code modulo 256.
+    const int to_place = (shift << 23) + (256 - fields % 256);
     const Ints smallest_normal = Ints{} + target.smallest_normal;
     const Ints max = Ints{} + target.max;
     const Ints signed_zero = Ints{} - int32_t(!target.fnuz);  // all bits where the format has a -0
@@ -186,33 +217,34 @@ void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Ta
         const Floats y = wide * scale;
         const Ints bits = bit_cast<Ints>(y);
         const Ints a = bits & 0x7FFFFFFF;
-        const Ints clamped = a < max ? a : max;
+        const Ints clamped = CAREFUL ? (a < max ? a : max) : a;
         const Ints exponent = clamped & 0x7F800000;
         const Ints binade = exponent > smallest_normal ? exponent : smallest_normal;
-        const Floats place = bit_cast<Floats>(binade + (shift << 23));  // its last place is the format's in this binade
+        const Floats place = bit_cast<Floats>(binade + to_place);
         const Floats placed = bit_cast<Floats>(clamped) + place;
-        Ints code = (bit_cast<Ints>(placed) - bit_cast<Ints>(place)) + ((binade - smallest_normal) >> shift);
         const Ints sign = (bits >> 24) & 0x80;
-        code |= sign & (signed_zero | Ints(code != 0));
-
-        Ints over = a > target.overflow_above;
+        Ints code = bit_cast<Ints>(placed) + (binade >> shift);
         Floats counted = y, error = bit_cast<Floats>(a) - (placed - place);
-        if (NONFINITE) {
+        if (CAREFUL) {
             const Ints wide_a = bit_cast<Ints>(wide) & 0x7FFFFFFF;
             const Ints finite = wide_a < 0x7F800000;
-            code = select(Ints(wide_a > 0x7F800000), nan | (sign & signed_zero), code);
-            over &= finite;
+            overflow -= Ints(a > target.overflow_above) & finite;
             counted = bit_cast<Floats>(bit_cast<Ints>(counted) & finite);
             error = bit_cast<Floats>(bit_cast<Ints>(error) & finite);
+            code &= 0x7F;
+            code |= sign & (signed_zero | Ints(code != 0));
+            code = select(Ints(wide_a > 0x7F800000), nan | (sign & signed_zero), code);
+        } else {
+            code |= sign;
         }
         const QuarterRegister packed = narrow(code);
         std::memcpy(q + i, &packed, sizeof packed);
         if (STATS) {
-            overflow -= over;
             sum_sq += counted * counted;
             err_sq += error * error;
         }
     }
+    if (!CAREFUL && target.fnuz) drop_signed_zeros(q, n);
     if (STATS) {
         tally.overflow = total(overflow);
         for (int i = 0; i < LANES; ++i) {
@@ -268,15 +300,15 @@ void sums_in_float64(const typename In::Word* x, const uint8_t* q, int n, float 
 template <class In, bool STATS>
 Tally cast_padded(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target) {
     Tally tally;
-    scan<In>(x, n, tally);
-    if (tally.nonfinite)
+    scan<In, STATS>(x, n, tally);
+    const float y_max = tally.amax * scale;
+    if (tally.nonfinite || bit_cast<int32_t>(y_max) > target.overflow_above)
         encode<In, STATS, true>(x, q, n, scale, target, tally);
     else
         encode<In, STATS, false>(x, q, n, scale, target, tally);
     if (STATS) {
         tally_codes(q, n, target, tally);
         // Within these limits a block's squares neither overflow a float32 nor lose what matters to its sum.
-        const float y_max = tally.amax * scale;
         const bool in_range = y_max >= 0x1p-40f && y_max <= 0x1p50f;
         if (tally.amax > 0 && !in_range) sums_in_float64<In>(x, q, n, scale, target, tally);
     }
@@ -300,11 +332,11 @@ Tally cast_block(const typename In::Word* x, uint8_t* q, int n, float scale, con
 template <class In> Tally scan_block(const typename In::Word* x, int n) {
     Tally tally;
     if (n % PAD == 0) {
-        scan<In>(x, n, tally);
+        scan<In, false>(x, n, tally);
     } else {
         typename In::Word x_padded[BLOCK] = {};
         std::memcpy(x_padded, x, size_t(n) * sizeof *x);
-        scan<In>(x_padded, (n + PAD - 1) / PAD * PAD, tally);
+        scan<In, false>(x_padded, (n + PAD - 1) / PAD * PAD, tally);
     }
     return tally;
 }
