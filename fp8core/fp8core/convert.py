@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fp8core.formats import HYBRID, FormatPair, Fp8Format
-from fp8core.linear import DTYPES, Fp8Linear
+from fp8core.linear import Fp8Linear
+from fp8core.quantize import INPUT_DTYPES
 from fp8core.recipes import AmaxScaling, Recipe
 from fp8core.records import Role, parse_role
 
@@ -101,7 +102,7 @@ def linear_layers(model: nn.Module, module_filter_fn: ModuleFilter | None) -> di
 
 def _require_castable_weight(module: nn.Linear, name: str) -> None:
     dtype = module.weight.dtype
-    if dtype not in DTYPES:
+    if dtype not in INPUT_DTYPES:
         raise TypeError(
             f"layer {name!r} has {dtype} weights; FP8 is cast from bfloat16, float16 or float32. "
             f"Exclude it with module_filter_fn=lambda module, name: name != {name!r}"

@@ -59,7 +59,7 @@ def new_state(recipe: DelayedScaling, device: torch.device | str | None = None) 
     The words are float32 bit patterns, so that `module.to(dtype)` leaves them alone. Word 0 is the scale of the next
     cast, word 1 that of the last one (a recomputed forward repeats it), the rest the amaxes seen, newest first.
     """
-    state = torch.zeros(2 + recipe.history_len, device=device)
+    state = torch.zeros(2 + recipe.history_len, dtype=torch.float32, device=device)
     state[:2] = 1.0
     return state.view(torch.int32)
 
@@ -96,4 +96,4 @@ def just_in_time_scale(recipe: Recipe, role: Role, amax: Tensor, fmt: Fp8Format)
 
 def constant_scale(recipe: ConstantScaling, role: Role, device: torch.device) -> Tensor:
     """The scale of `role` under constant scaling."""
-    return torch.full((), math.ldexp(1.0, recipe.exponent(role)), device=device)
+    return torch.full((), math.ldexp(1.0, recipe.exponent(role)), dtype=torch.float32, device=device)

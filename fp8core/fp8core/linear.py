@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from fp8core.autograd import Cast, fp8_matmul
 from fp8core.device_scaling import new_state
 from fp8core.formats import HYBRID, FormatPair, Fp8Format
+from fp8core.quantize import INPUT_DTYPES
 from fp8core.recipes import AmaxScaling, DelayedScaling, Recipe
 from fp8core.records import Role
 from fp8core.stats import NO_ARENA, StatsArena
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Fp8Linear(nn.Linear):
@@ -63,7 +62,7 @@ class Fp8Linear(nn.Linear):
         Raises:
             TypeError: the weight is not bfloat16, float16 or float32.
         """
-        if self.weight.dtype not in DTYPES:
+        if self.weight.dtype not in INPUT_DTYPES:
             raise TypeError(f"weight is {self.weight.dtype}; FP8 is cast from bfloat16, float16 or float32")
         self.recipe = recipe
         self.formats = formats
@@ -138,16 +137,22 @@ class Fp8Linear(nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        """`nn.Linear`'s, and recipe and formats."""
-        return f"{super().extra_repr()}, recipe={self.recipe!r}, formats={self.formats}"
+        """`nn.Linear`'s, recipe and formats, and what a role has of its own."""
+        parts = [super().extra_repr(), f"recipe={self.recipe!r}", f"formats={self.formats}"]
+        for role in Role:
+            if self.recipe_by_role[role] != self.recipe:
+                parts.append(f"{role}: {self.recipe_by_role[role]!r}")
+            if self.format_by_role[role] != self.formats.fmt(role):
+                parts.append(f"{role}: {self.format_by_role[role]}")
+        return ", ".join(parts)
 
     def reset_parameters(self) -> None:
         """New random parameters, as `nn.Linear`'s, and no history."""
         super().reset_parameters()
-        for name, state in self._buffers.items():
-            if name.startswith("fp8_state_") and state is not None:
-                state.zero_()
-                state[:2].view(torch.float32).fill_(1.0)
+        recipes: dict[Role, Recipe] = getattr(self, "recipe_by_role", {})  # nn.Linear's __init__ comes here first
+        for role, own in recipes.items():
+            if isinstance(own, DelayedScaling):
+                self.get_buffer(f"fp8_state_{role}").copy_(new_state(own))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of nn.Linear, or of another recipe, has no amax history, or one that is not wanted.

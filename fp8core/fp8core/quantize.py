@@ -23,7 +23,7 @@ from torch.fx.node import has_side_effect
 
 from fp8core import device_scaling
 from fp8core.formats import FORMATS, Fp8Format
-from fp8core.kernels import Kernels, kernels_for
+from fp8core.kernels import kernels_for
 from fp8core.ops import define
 from fp8core.recipes import ConstantScaling, DelayedScaling, Recipe, parse_recipe
 from fp8core.records import Role
@@ -80,7 +80,14 @@ def quantize_body(
     arena = None if recomputing or x.numel() == 0 else recording_arena(arena_handle)
     x = x.detach().contiguous()
     kernels = kernels_for(x.device.type)
-    scale = _scale(x, recipe, role, fmt, state, recomputing, kernels)
+    if isinstance(recipe, ConstantScaling):
+        scale = device_scaling.constant_scale(recipe, role, x.device)
+    elif isinstance(recipe, DelayedScaling):
+        # Where the forward has moved the state on, its recomputation repeats the scale that the forward used.
+        known = device_scaling.last_scale if recomputing and update_state else device_scaling.next_scale
+        scale = known(_data(state)).clone()
+    else:
+        scale = device_scaling.just_in_time_scale(recipe, role, kernels.amax(x), fmt)
     if arena is None:
         q, amax = kernels.cast(x, scale, fmt)
     else:
@@ -90,9 +97,7 @@ def quantize_body(
         if arena.record_histograms:
             arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
     if isinstance(recipe, DelayedScaling) and update_state and not recomputing:
-        assert state is not None
-        # .data: autograd must not see this write; `state` may have been saved for a backward still to come.
-        state.data.copy_(device_scaling.delayed_update(state.data, amax, fmt, recipe))
+        _data(state).copy_(device_scaling.delayed_update(_data(state), amax, fmt, recipe))
     return q, scale
 
 
@@ -108,16 +113,10 @@ def recast_body(x: Tensor, scale: Tensor, fmt_name: str) -> Tensor:
     return q
 
 
-def _scale(
-    x: Tensor, recipe: Recipe, role: Role, fmt: Fp8Format, state: Tensor | None, recomputing: bool, kernels: Kernels
-) -> Tensor:
-    if isinstance(recipe, ConstantScaling):
-        return device_scaling.constant_scale(recipe, role, x.device)
-    if isinstance(recipe, DelayedScaling):
-        assert state is not None
-        known = device_scaling.last_scale if recomputing else device_scaling.next_scale
-        return known(state.data).clone()
-    return device_scaling.just_in_time_scale(recipe, role, kernels.amax(x), fmt)
+def _data(state: Tensor | None) -> Tensor:
+    """`state` as autograd does not see it: it may have been saved for a backward still to come."""
+    assert state is not None
+    return state.data
 
 
 def _on_meta(

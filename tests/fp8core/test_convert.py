@@ -115,6 +115,9 @@ def test_overrides_change_recipe_or_format_of_a_layer_or_role_and_the_last_wins(
     assert [first.format_by_role[role] for role in Role] == [E4M3FN, E5M2, E4M3FN]
     assert [second.recipe_by_role[role] for role in Role] == [AmaxScaling()] * 3
     assert [second.format_by_role[role] for role in Role] == [E4M3FN] * 3
+    assert "formats=HYBRID, weight: ConstantScaling(" in repr(first).replace(
+        "input: CurrentScaling(power_of_two=False), ", ""
+    )
     assert [layers["blocks.1.fc1"].format_by_role[role] for role in Role] == [E4M3FN, E4M3FN, E5M2]
 
 

@@ -376,3 +376,31 @@ def test_reset_parameters_forgets_the_history() -> None:
     module.reset_parameters()
 
     assert torch.equal(module.get_buffer("fp8_state_input"), fresh)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES, ids=repr)
+def test_torchs_default_dtype_changes_nothing(recipe: Recipe, default: torch.dtype, eager_kernels: None) -> None:
+    x = torch.randn(8, 32).bfloat16()
+    expected = layer(recipe=recipe)(x)
+
+    torch.set_default_dtype(default)
+    try:
+        module = layer(recipe=recipe)
+        arena = bound(module)
+        y = module(x)
+        module(torch.empty(0, 32, dtype=torch.bfloat16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert y.shape == expected.shape
+    assert y.dtype == torch.bfloat16
+    assert arena.words[0, 0] == 1
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    x = torch.randn(4, 32).bfloat16().requires_grad_()
+    (dx,) = torch.autograd.grad(layer()(x).square().sum(), x, create_graph=True)
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

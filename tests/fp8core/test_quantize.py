@@ -101,13 +101,16 @@ def test_inside_a_backward_only_gradients_are_recorded(role: str) -> None:
     assert arena.words[0, 0] == (1 if role == "grad_output" else 0)
 
 
-def test_a_recomputed_cast_repeats_the_delayed_scale_and_leaves_the_state_alone() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_recomputed_cast_repeats_the_delayed_scale_and_leaves_the_state_alone(training: bool) -> None:
     recipe = DelayedScaling(history_len=2)
     state, scales = new_state(recipe), []
+    quantize(torch.ones(4), recipe=recipe, role="input", fmt=E4M3FN, state=state)
     x = torch.full((4,), 3.0, requires_grad=True)
 
     def cast() -> None:
-        scales.append(quantize(x, recipe=recipe, role="input", fmt=E4M3FN, state=state)[1].item())
+        _, scale = quantize(x, recipe=recipe, role="input", fmt=E4M3FN, state=state, update_state=training)
+        scales.append(scale.item())
 
     cast()
     after = state.clone()
@@ -115,9 +118,9 @@ def test_a_recomputed_cast_repeats_the_delayed_scale_and_leaves_the_state_alone(
     y.register_hook(lambda _: cast())
     y.sum().backward()
 
-    assert scales == [1.0, 1.0]
+    assert scales == [448.0, 448.0]
     assert torch.equal(state, after)
-    assert next_scale(state) == 448 / 3.0
+    assert next_scale(state) == (torch.tensor(448.0) / 3.0 if training else 448.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- arena

@@ -18,7 +18,7 @@ from fp8core.records import COLUMNS, FIELD_BY_NAME, is_float
 def amax(x: Tensor) -> Tensor:
     """The largest finite |x| as a 0-d float32 tensor; 0 where there is none."""
     if x.numel() == 0:
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
     magnitude = x.abs()
     return torch.where(magnitude.isfinite(), magnitude, 0).amax().float()
 
