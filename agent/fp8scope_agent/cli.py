@@ -54,9 +54,14 @@ def main(argv: list[str] | None = None) -> int:
 def _status(root: Path) -> int:
     left_over = False
     for folder in _sources(root):
-        open_message = read_source(folder)
         status, left = read_status(folder), waiting(folder)
         left_over |= left.records > 0
+        try:
+            open_message = read_source(folder)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            left_over = True
+            continue
         run = f"{open_message.project}/{open_message.run}" if open_message.project else open_message.run
         print(f"{folder}")
         print(f"  run {run}, rank {open_message.rank} of {open_message.world_size}, life {open_message.incarnation}")
@@ -82,8 +87,8 @@ def _sync(root: Path, collector: str, patience_s: float) -> int:
                 token=os.environ.get("FP8SCOPE_TOKEN"),
                 lifetime=_WhileProgress(patience_s),
             )
-        except SpoolLockedError as error:
-            print(f"{folder}: {error}; not touched", file=sys.stderr)
+        except (SpoolLockedError, ValueError) as error:
+            print(f"{error}; not touched", file=sys.stderr)
             left_over = True
             continue
         sent = read_acked(folder).rows - before

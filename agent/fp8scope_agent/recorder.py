@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -113,7 +114,12 @@ class Recorder:
         self._next_try = self._clock() + _RETRY_S
         folder, incarnation = claim_folder(self._root, self._open.project, self._open.run, self._open.rank)
         self._open.incarnation = incarnation
-        write_atomically(folder / SOURCE_FILE, self._open.SerializeToString())
+        try:
+            write_atomically(folder / SOURCE_FILE, self._open.SerializeToString())
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            raise
         self._writer = SpoolWriter(folder, max_bytes=self._max_bytes)
         return self._writer
 

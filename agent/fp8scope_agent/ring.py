@@ -52,7 +52,9 @@ class Ring:
         self._arenas = arenas
         self._free: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        self._on_cuda = any(arena.device.type == "cuda" for arena in arenas)
+        # Without an arena, too: a copy of a scalar into memory that is not pinned would wait for the device.
+        on_cuda = any(arena.device.type == "cuda" for arena in arenas)
+        self._pinned = on_cuda or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
         for _ in range(depth):
             words = tuple(self._host_buffer(arena.words.shape, torch.int64) for arena in arenas)
             self._free.put(Frame(words, self._host_buffer((MAX_SCALARS,), torch.float64)))
@@ -111,4 +113,4 @@ class Ring:
         frame.device_names = tuple(names)
 
     def _host_buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._on_cuda)
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pinned)

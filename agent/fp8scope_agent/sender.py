@@ -32,6 +32,7 @@ from .status import DELIVERED, LEFT_OVER, LOCKED, USAGE, SenderStatus, read_stat
 from .stream import Ended, Stream, Timing
 
 LOCK_FILE = "sender.lock"
+
 _FIRST_BACK_OFF_S = 0.1
 _LONGEST_BACK_OFF_S = 10.0
 _LOOK_S = 0.1  # how often a waiting sender looks whether the writer has ended
@@ -112,7 +113,7 @@ def deliver(
 
     Raises:
         SpoolLockedError: another sender works on this folder.
-        ValueError: `folder` is no spool of a source.
+        ValueError: `folder` is no spool of a source, or cannot be written.
     """
     open_message = read_source(folder)
     with _lock(folder):
@@ -163,14 +164,15 @@ class _Sender:
         attempt = 0
         while True:
             address = self._addresses[attempt % len(self._addresses)]
+            before = self._progress()
             ended = self._connect(address)
             if ended.cause in ("done", "expired"):
                 break
             self._judge(address, ended)
             self._save(address, connected=False)
-            if ended.opened and ended.cause != "resource_exhausted":
+            if self._progress() > before:
                 back_off_s = _FIRST_BACK_OFF_S
-            elif ended.cause in _FOR_A_PERSON:
+            elif ended.cause in _FOR_A_PERSON and not ended.opened:
                 back_off_s = _LONGEST_BACK_OFF_S
             if not self._wait(back_off_s * random.uniform(0.5, 1.0)):
                 break
@@ -194,6 +196,9 @@ class _Sender:
             progressed=lambda: self._save(address, connected=True),
         )
         return stream.run()
+
+    def _progress(self) -> tuple[int, int]:
+        return self._delivery.acked.seq, len(self._delivery.refused_seqs)
 
     def _expired(self) -> bool:
         return self._lifetime.expired(self._delivery.acked.seq)
@@ -299,7 +304,11 @@ def _is_unknown_host(ended: Ended) -> bool:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with this process whatever happens to it."""
-    with (folder / LOCK_FILE).open("a") as file:
+    try:
+        file = (folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); a sender keeps its position there") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

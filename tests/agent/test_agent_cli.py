@@ -73,9 +73,16 @@ def test_misuse_is_a_sentence(
     assert "Traceback" not in captured.err
 
 
-def test_a_damaged_description_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "source.pb").write_bytes(b"\xff\xff\xff")
+def test_a_source_whose_description_is_damaged_does_not_stop_the_others(
+    spool: Path, collector: FakeCollector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    next((spool / "p+one").rglob("source.pb")).write_bytes(b"\xff\xff\xff")
 
-    assert main(["status", str(tmp_path)]) == 2
+    assert main(["status", str(spool)]) == 1
+    assert main(["sync", str(spool), "--collector", collector.address]) == 1
 
-    assert "is damaged" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.err.count("is damaged") == 2
+    assert "run p/two" in captured.out
+    assert collector.source.open.run == "two"
+    assert len(collector.source.rows) == 24
