@@ -4,7 +4,7 @@ Each stream sends batches of one step of 560 layers (1,680 rows), zstd level 1, 
 of them unacknowledged. Clients, server and database share the machine's cores. Latency is from before a batch is
 handed to gRPC until its acknowledgement is read; with all streams saturated it is about window x batch / throughput.
 
-    python bench/ingest.py [--seconds 12] [--streams 1 8]
+    python bench/ingest.py [--seconds 6] [--streams 1 8]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 import zlib
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -41,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "ingest.md"
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--seconds", type=float, default=12, help="measured time of each line")
+    arguments.add_argument("--seconds", type=float, default=6, help="measured time of each line")
     arguments.add_argument("--streams", type=int, nargs="*", default=[1, 8], help="agents; one line for each number")
     arguments.add_argument("--client", nargs=2, metavar=("ADDRESS", "STREAMS"), help=argparse.SUPPRESS)
     options = arguments.parse_args()
@@ -51,7 +52,8 @@ def main() -> None:
     lines = [
         "# Rows acknowledged by one collector",
         "",
-        f"{machine()}; {datetime.now():%B %Y}. Clients, collector and SQLite (synchronous=FULL) share these cores.",
+        f"{machine()}; {datetime.now():%B %Y}. Clients, collector and SQLite (synchronous=FULL) share these cores;",
+        f"what else ran there when it began: a load of {os.getloadavg()[0]:.1f}.",
         f"Batches of {ROWS:,} rows, {CLIENTS} client processes, {options.seconds:g} s a line: `bench/ingest.py`.",
         "",
         "| streams | rows/s | send to acknowledgement, median | p99 | collector's peak memory | bytes a row on disk |",
@@ -108,12 +110,13 @@ def measure(streams: int, seconds: float) -> str:
 
 def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
     """Sends over `streams` streams until time is up; what was acknowledged within the measured time."""
-    start = time.perf_counter() + WARM_UP_S
     latencies: list[float] = []
     totals: list[int] = []
+    window = Window(seconds)
+    all_open = threading.Barrier(streams, action=window.open)
 
     def send() -> None:
-        own, acknowledged = converse(address, start, start + seconds)
+        own, acknowledged = converse(address, all_open, window)
         latencies.extend(own)
         totals.append(acknowledged)
 
@@ -125,16 +128,29 @@ def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
     return {"rows": len(latencies) * ROWS, "all_rows": sum(totals) * ROWS, "latencies_s": latencies}
 
 
-def converse(address: str, start: float, end: float) -> tuple[list[float], int]:
-    """One agent: latencies of the batches acknowledged between `start` and `end`, and how many were in all."""
+class Window:
+    """The measured time: it begins some seconds after all streams are open."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.start = self.end = float("inf")
+
+    def open(self) -> None:
+        """All streams are open now."""
+        self.start = time.perf_counter() + WARM_UP_S
+        self.end = self.start + self._seconds
+
+
+def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple[list[float], int]:
+    """One agent: latencies of the batches acknowledged in the measured time, and how many were in all."""
     ready = threading.Semaphore(0)
     sent_at: list[float] = []
 
-    def requests() -> object:
+    def requests() -> Iterator[pb.ClientMessage]:
         yield pb.ClientMessage(open=opening())
         compressor = zstandard.ZstdCompressor(level=1)
         columns = first_columns()
-        while ready.acquire() and time.perf_counter() < end:
+        while ready.acquire() and time.perf_counter() < window.end:
             sent_at.append(time.perf_counter())
             yield pb.ClientMessage(stats=batch(len(sent_at), columns, compressor))
 
@@ -145,9 +161,10 @@ def converse(address: str, start: float, end: float) -> tuple[list[float], int]:
         for message in stub.Stream(requests()):
             now = time.perf_counter()
             if message.window:
+                all_open.wait()
                 ready.release(message.window)
             while acknowledged < message.ack.up_to_seq:
-                if start <= now < end:
+                if window.start <= now < window.end:
                     latencies.append(now - sent_at[acknowledged])
                 acknowledged += 1
                 ready.release()
@@ -159,8 +176,15 @@ def opening() -> pb.Open:
         pb.Slot(slot=i, layer=f"blocks.{i // 3}.fc", role=ROLES[i % 3], format="E4M3FN", recipe="AmaxScaling()")
         for i in range(ROWS)
     ]
+    source = uuid.uuid4()
     return pb.Open(
-        run="bench", world_size=1, incarnation=1, source_uuid=str(uuid.uuid4()), slots=slots, agent_version="bench"
+        run="bench",
+        rank=source.int % 2**30,
+        world_size=2**30,
+        incarnation=1,
+        source_uuid=str(source),
+        slots=slots,
+        agent_version="bench",
     )
 
 

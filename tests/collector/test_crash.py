@@ -166,6 +166,30 @@ def test_a_database_that_is_gone_holds_the_agents_and_says_so(
     admin.dispose()
 
 
+def test_a_collector_whose_database_is_gone_ends_in_time_and_acknowledges_nothing(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, postgres_url: str
+) -> None:
+    collector = start_collector(postgres_url)
+    stream = connect(collector.grpc, wire.open())
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text("ALTER TABLE stats RENAME TO hidden"))
+    admin.dispose()
+    for seq in range(1, 6):
+        stream.send(stats=wire.stats(seq, wire.columns(seq)))
+    _until(lambda: collector.metrics()[("fp8scope_database_up",)] == 0)
+
+    started = time.monotonic()
+    exit_code = collector.terminate()
+
+    assert exit_code == 0
+    assert time.monotonic() - started < 6
+    assert stream.refusal()[0] is not grpc.StatusCode.OK
+    assert stream.up_to_seq == 0
+    assert "the database did not take everything; agents will send it again" in collector.log.read_text()
+    assert "Traceback" not in collector.log.read_text()
+
+
 def _until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
