@@ -1,7 +1,7 @@
 """Writes all rows of a run as CSV or Parquet, in bounded memory, under the file's name only when it is complete.
 
 A CSV cell that a spreadsheet would take for a formula gets an apostrophe in front: layer names come from training jobs.
-Floats are in the shortest form that reads back as the same number; a null is an empty cell.
+Floats are in the shortest form that reads back, as a float64, as exactly the stored number; a null is an empty cell.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def write_rows(batches: Iterator[pa.RecordBatch], file_format: Format, out: str)
     Raises:
         OSError: the file cannot be written; what was there before is unchanged.
     """
+    batches = map(_for_csv, batches) if file_format == "csv" else batches
     first = next(batches, None)
     rows = 0
     if first is None:
         return rows
     with _target(out) as file, _writer(file_format, file, first.schema) as writer:
         for batch in itertools.chain([first], batches):
-            writer.write_batch(_without_formulas(batch) if file_format == "csv" else batch)
+            writer.write_batch(batch)
             rows += batch.num_rows
     return rows
 
@@ -72,11 +73,13 @@ def _writer(file_format: Format, file: BinaryIO, schema: pa.Schema) -> AbstractC
     return writer
 
 
-def _without_formulas(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _for_csv(batch: pa.RecordBatch) -> pa.RecordBatch:
     columns = []
     for column in batch.columns:
         if pa.types.is_string(column.type):
             formula = pc.match_substring_regex(column, r"^[=+\-@\t\r]")
             column = pc.if_else(formula, pc.binary_join_element_wise("'", column, ""), column)
+        elif pa.types.is_float32(column.type):
+            column = column.cast(pa.float64())
         columns.append(column)
-    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)

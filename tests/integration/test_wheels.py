@@ -17,7 +17,8 @@ from programs import ROOT, environment
 FOLDERS = ("fp8core", "protos", "agent", "collector", "dashboard")
 OURS = {"fp8core", "fp8scope-protos", "fp8scope-agent", "fp8scope-collector", "fp8scope-dashboard"}
 
-# Imports every module of a package; of the other installed distributions it sees only those named.
+# Imports every module of a package; of the other installed distributions it sees only those named. (The Triton
+# kernels are imported on a GPU only, where torch brings triton.)
 IMPORT_ALL = """
 import importlib, importlib.abc, importlib.metadata, pkgutil, sys
 
@@ -35,7 +36,7 @@ class Fence(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Fence())
 root = importlib.import_module(package)
 for module in pkgutil.walk_packages(root.__path__, package + "."):
-    if not module.name.endswith("__main__") and ".versions." not in module.name:
+    if not module.name.endswith("__main__") and ".versions." not in module.name and ".triton" not in module.name:
         importlib.import_module(module.name)
 print(len(sys.modules), "modules")
 """
