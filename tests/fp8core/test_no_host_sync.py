@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,46 +62,16 @@ class NoWaiting(TorchDispatchMode):
         return result
 
 
-class Block(nn.Module):
-    def __init__(self, d: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.fc1, self.fc2 = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTD = x_BTD + self.out(attended.transpose(1, 2).reshape(B, T, D))
-        out: torch.Tensor = x_BTD + self.fc2(F.gelu(self.fc1(self.norm2(x_BTD))))
-        return out
-
-
-class Gpt(nn.Module):
-    def __init__(self, vocabulary: int = 64, d: int = 32, blocks: int = 2) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, d)
-        self.blocks = nn.ModuleList([Block(d, heads=2) for _ in range(blocks)])
-        self.head = nn.Linear(d, vocabulary)
-
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = self.embed(tokens_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        logits: torch.Tensor = self.head(x_BTD)
-        return logits
-
-
 @pytest.mark.parametrize(
     "recipe",
     [AmaxScaling(), CurrentScaling(power_of_two=True), DelayedScaling(history_len=4), ConstantScaling(3)],
     ids=repr,
 )
-def test_a_training_step_on_meta_never_asks_the_device_for_a_value(recipe: Recipe) -> None:
+def test_a_training_step_on_meta_never_asks_the_device_for_a_value(
+    recipe: Recipe, gpt: Callable[[], nn.Module]
+) -> None:
     with torch.device("meta"):
-        model = convert_to_fp8(Gpt(), recipe=recipe).bfloat16()
+        model = convert_to_fp8(gpt(), recipe=recipe).bfloat16()
         tokens = torch.zeros(2, 8, dtype=torch.int64)
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     arena = StatsArena(3 * len(layers), "meta")
