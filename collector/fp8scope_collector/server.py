@@ -31,8 +31,8 @@ from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 
-STREAMS_END_S = 3.0  # from a signal until streams are cut
-WRITER_ENDS_S = 1.5  # from then until what the database did not take is given up; agents send it again
+STREAMS_END_S = 2.5  # from a signal until streams are cut
+WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
 VERSION = version("fp8scope-collector")
 Context: TypeAlias = "grpc.aio.ServicerContext[pb.ClientMessage, pb.ServerMessage]"

@@ -183,7 +183,7 @@ def test_a_collector_whose_database_is_gone_ends_in_time_and_acknowledges_nothin
     exit_code = collector.terminate()
 
     assert exit_code == 0
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 8, "4 s where nothing else runs"
     assert stream.refusal()[0] is not grpc.StatusCode.OK
     assert stream.up_to_seq == 0
     assert "the database did not take everything; agents will send it again" in collector.log.read_text()

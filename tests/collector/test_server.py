@@ -238,7 +238,7 @@ def test_sigterm_drains_and_acknowledges_what_was_read(
         client.join(10)
 
     assert exit_code == 0
-    assert took_s < 5, took_s
+    assert took_s < 8, took_s  # well under 1 s where nothing else runs
     assert [stream.call.code() for stream in streams] == [grpc.StatusCode.OK] * 3
     engine = open_engine(database_url, read_only=True)
     with engine.connect() as connection:
@@ -257,7 +257,7 @@ def test_a_collector_without_streams_ends_at_once(start_collector: Start, tmp_pa
     started = time.monotonic()
 
     assert collector.terminate() == 0
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8, "well under 1 s where nothing else runs"
 
 
 def test_a_client_that_vanishes_disturbs_nobody(shared_collector: Any, connect: Connect, wire: Any, run: str) -> None:
