@@ -80,6 +80,7 @@ def kernels(request: pytest.FixtureRequest) -> Implementation:
     name = request.param
     module = importlib.import_module(f"fp8core.kernels.{name}")
     if name == "cpu":
+        request.getfixturevalue("require_binary")("g++")
         assert module.unavailable_reason() is None
     if INTERPRETED:
         module.BLOCK = 16384  # the interpreter's time goes by operations, not by elements
