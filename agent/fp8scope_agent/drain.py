@@ -24,7 +24,7 @@ from .spool import spool_bytes
 from .status import SenderStatus
 
 _LOOK_S = 1.0  # how often the sender is looked after
-_EVENT_POLL_S = 0.002
+_EVENT_POLL_S = 0.005
 _CLOSING_POLL_S = 0.02
 
 
@@ -88,7 +88,7 @@ class Drain(threading.Thread):
             if frame is None and ending is not None:
                 break
             if time.monotonic() >= self._next_look:
-                self._look_after_sender()
+                self._look_after_sender_guarded()
             self.cpu_s = time.thread_time()
         self.recorder.finish(ending.failure, ending.last_step)
         self._deliver(ending.deadline)
@@ -123,6 +123,14 @@ class Drain(threading.Thread):
         if frame.sampled:
             self.worst = self._summary.of(frame.step, rows)
 
+    def _look_after_sender_guarded(self) -> None:
+        """Without a sender everything is still recorded: no trouble with it may end this thread."""
+        try:
+            self._look_after_sender()
+        except Exception as error:
+            self._notices.warn("sender", f"the sender cannot be looked after: {type(error).__name__}: {error}")
+            logger.debug("while looking after the sender", exc_info=True)
+
     def _look_after_sender(self) -> None:
         self._next_look = time.monotonic() + _LOOK_S
         folder = self.recorder.folder
@@ -136,14 +144,14 @@ class Drain(threading.Thread):
 
     def _deliver(self, deadline: float) -> None:
         """Wait until the collector has everything, the sender has given up, or time is up."""
-        self._look_after_sender()
+        self._look_after_sender_guarded()
         while self._sender is not None:
             status = self._sender.read()
             self.delivered = status.finished or status.acked_seq >= self.recorder.last_seq
             if self.delivered or status.ended or time.monotonic() > deadline:
                 break
             if time.monotonic() >= self._next_look:
-                self._look_after_sender()
+                self._look_after_sender_guarded()
             time.sleep(_CLOSING_POLL_S)
         if self._sender is not None and self.recorder.folder is not None:
             self.spool_bytes = spool_bytes(self.recorder.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -356,6 +357,20 @@ def test_a_frame_that_cannot_be_decoded_costs_only_itself(
 
     assert sorted({step for step, _ in collector.source.rows}) == [0, 2, 3]
     assert collector.source.drops == {"agent_error": 6}
+
+
+def test_a_sender_that_cannot_be_started_costs_no_rows(
+    model: nn.Module, train: Train, warnings_of: Warnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    monitor = attach(model, NOBODY)
+    train(model, monitor, 5)
+    drained(monitor, 4)
+    monkeypatch.setattr(sys, "executable", None)
+    monitor.close(timeout_s=0)
+
+    assert waiting(Path(str(monitor.snapshot().spool))).rows == 30
+    assert len([sentence for sentence in warnings_of() if "sender process cannot be started" in sentence]) == 1
 
 
 def test_a_spool_that_cannot_be_made_is_said_once_and_counted(
