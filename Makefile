@@ -36,8 +36,7 @@ check: $(STAMP) ## format, lint, types, imports, protobuf
 	@$(BIN)/ruff format --check --quiet . || { echo "run '$(BIN)/ruff format .'"; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary $(CODE) examples bench
-	@PYTHONPATH=fp8core:protos:agent:collector:dashboard $(BIN)/lint-imports --no-logo --quiet 2>/dev/null \
-		|| PYTHONPATH=fp8core:protos:agent:collector:dashboard $(BIN)/lint-imports
+	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 	@cd protos && ../$(BIN)/buf lint
 	@protos/generate.sh --check
 
