@@ -1,7 +1,7 @@
 """Deep links: what every view shows is in its address, and nowhere else.
 
 There is one page; its query parameters say which view it is: with a layer the tensor, with a run only the run, without
-both the list. Parameters: run, layer, role, quantity, range, filter, step. `Where` is one of them parsed; a value that makes
+both the list. Parameters: run, layer, role, quantity, range, filter, step. `Where` is them parsed; a value that makes
 no sense is as good as absent, so that a mistyped address still opens the view.
 """
 

@@ -1,7 +1,7 @@
 """What the views ask of the database, cached: one reader for the process, heat maps that fetch only what is new.
 
-A heat map of a live run is kept per (run, quantity, range) and shared by everybody who looks at it. Each tick asks the
-run's cursor and reads the columns that may have changed; a resume or a new column width reads it whole again.
+The heat maps of a live run are kept per (run, quantities, range) and shared by everybody who looks at them. Each tick
+asks the run's cursor and reads the columns that may have changed; a resume or a new column width reads all again.
 """
 
 from __future__ import annotations
@@ -106,50 +106,45 @@ def series(_url: str, run_id: int, rows: int, slot: int, first_step: int, last_s
 
 
 @dataclass
-class LiveHeatMap:
-    """The heat map of one quantity over one range, extended by what is new; `last_step` None follows the run."""
+class LiveHeatMaps:
+    """Heat maps of some quantities over one range, extended by what is new; `last_step` None follows the run."""
 
     run_id: int
-    quantity: Quantity
+    quantities: tuple[Quantity, ...]
     first_step: int
     last_step: int | None
     progress: Progress | None = None
-    _map: HeatMap | None = None
+    _maps: list[HeatMap] = field(default_factory=list)
     _read_at: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self) -> HeatMap | None:
-        """The map as it is now, at most half a second old; None before the first row."""
+    def read(self) -> dict[Quantity, HeatMap]:
+        """The maps as they are now, at most half a second old; none before the first row."""
         with self._lock:
             if time.monotonic() - self._read_at > 0.5:
                 self._update(reader())
                 self._read_at = time.monotonic()
-            return self._map
+            return {heatmap.quantity: heatmap for heatmap in self._maps}
 
     def _update(self, source: Reader) -> None:
         before, now = self.progress, source.progress(self.run_id)
         if now is None or now == before:
-            self.progress = now
             return
         end = now.last_step if self.last_step is None else self.last_step
-        known = self._map
-        if known is None or before is None or before.lives != now.lives or known.low.shape[1] == 0:
-            fresh = self._whole(source, end)
+        whole = True
+        if self._maps and before is not None and before.lives == now.lives and self._maps[0].low.shape[1]:
+            width, first_column = self._maps[0].width, self._maps[0].first_column
+            whole = end // width - first_column + 1 > MAX_COLUMNS
+        if whole:
+            self._maps = source.heatmaps(
+                self.run_id, self.quantities, first_step=self.first_step, last_step=end, max_columns=MAX_COLUMNS
+            )
         else:
-            since = max(before.settled_step // known.width, known.first_column)
-            if end // known.width - known.first_column + 1 > MAX_COLUMNS:
-                fresh = self._whole(source, end)
-            else:
-                part = source.heatmap(
-                    self.run_id, self.quantity, first_step=since * known.width, last_step=end, width=known.width
-                )
-                fresh = _extended(known, part)
-        self._map, self.progress = fresh, now
-
-    def _whole(self, source: Reader, end: int) -> HeatMap:
-        return source.heatmap(
-            self.run_id, self.quantity, first_step=self.first_step, last_step=end, max_columns=MAX_COLUMNS
-        )
+            assert before is not None
+            since = max(before.settled_step // width, first_column) * width
+            parts = source.heatmaps(self.run_id, self.quantities, first_step=since, last_step=end, width=width)
+            self._maps = [_extended(known, part) for known, part in zip(self._maps, parts, strict=True)]
+        self.progress = now
 
 
 def _extended(known: HeatMap, part: HeatMap) -> HeatMap:
@@ -163,6 +158,8 @@ def _extended(known: HeatMap, part: HeatMap) -> HeatMap:
 
 
 @st.cache_resource(max_entries=24, show_spinner=False)
-def live_heatmap(_url: str, run_id: int, quantity: Quantity, first_step: int, last_step: int | None) -> LiveHeatMap:
-    """The shared heat map of this run, quantity and range."""
-    return LiveHeatMap(run_id, quantity, first_step, last_step)
+def live_heatmaps(
+    _url: str, run_id: int, quantities: tuple[Quantity, ...], first_step: int, last_step: int | None
+) -> LiveHeatMaps:
+    """The shared heat maps of this run, these quantities and this range."""
+    return LiveHeatMaps(run_id, quantities, first_step, last_step)

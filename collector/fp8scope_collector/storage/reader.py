@@ -189,20 +189,46 @@ class Reader:
     ) -> HeatMap:
         """One quantity of all slots of `roles` over the recorded steps of [first_step, last_step].
 
-        `width` is the power of two of steps that makes at most `max_columns` columns and leaves none empty only
-        because fewer steps are recorded; a live view passes the width that it already shows, and as `first_step` the
-        first step that may have changed.
+        The columns have the smallest power of two of steps that makes at most `max_columns` of them, and not less than
+        the usual distance of recorded steps; a live view passes the `width` that it already shows, and as `first_step`
+        the first step that may have changed.
 
         Raises:
             ValueError: the quantity is unknown.
         """
-        low, high = quantity_columns(quantity)
+        return self.heatmaps(
+            run_id,
+            [quantity],
+            roles=roles,
+            first_step=first_step,
+            last_step=last_step,
+            max_columns=max_columns,
+            width=width,
+        )[0]
+
+    def heatmaps(
+        self,
+        run_id: int,
+        quantities: Sequence[Quantity],
+        *,
+        roles: Sequence[Role] = tuple(Role),
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_columns: int = 500,
+        width: int | None = None,
+    ) -> list[HeatMap]:
+        """Several quantities as `heatmap` answers each, for the cost of one pass over the rows."""
+        extremes: list[sa.ColumnElement[Any]] = []
+        for quantity in quantities:
+            low, high = quantity_columns(quantity)
+            extremes += [sa.func.min(low), sa.func.max(high)]
         with self._connect() as connection:
             slots = self._numbers(connection, run_id, roles)
             lives = self._lives(connection, run_id)
             spans = owned_spans(lives, first_step, last_step)
             if not spans or not slots.size:
-                return HeatMap(quantity, width or 1, 0, slots, *np.full((2, slots.size, 0), np.nan))
+                nothing = np.full((2, slots.size, 0), np.nan)
+                return [HeatMap(quantity, width or 1, 0, slots, *nothing) for quantity in quantities]
             start, end = _extent(spans)
             if width is None:
                 width = column_width(start, end, max_columns, self._stride(connection, lives[-1]))
@@ -210,17 +236,21 @@ class Reader:
             span = history(spans, formats.epochs)
             column = int_div(schema.stats.c.step, width)
             query = (
-                sa.select(column, schema.stats.c.slot, span.c.epoch, sa.func.min(low), sa.func.max(high))
+                sa.select(column, schema.stats.c.slot, span.c.epoch, *extremes)
                 .join_from(span, schema.stats, _owned(span))
                 .where(_of_roles(run_id, roles))
                 .group_by(column, schema.stats.c.slot, span.c.epoch)
             )
-            columns, numbers, epochs, lows, highs = _columns(connection.execute(query).all(), 5)
+            columns, numbers, epochs, *values = _columns(connection.execute(query).all(), 3 + len(extremes))
         first_column = start // width
         x, y = columns.astype(np.int64) - first_column, np.searchsorted(slots, numbers.astype(np.int64))
-        lows, highs = in_unit(quantity, lows, highs, formats.of(numbers, epochs))
         shape = (slots.size, end // width - first_column + 1)
-        return HeatMap(quantity, width, first_column, slots, *_scatter(shape, y, x, lows, highs))
+        largest = formats.of(numbers, epochs)
+        maps = []
+        for i, quantity in enumerate(quantities):
+            lows, highs = in_unit(quantity, values[2 * i], values[2 * i + 1], largest)
+            maps.append(HeatMap(quantity, width, first_column, slots, *_scatter(shape, y, x, lows, highs)))
+        return maps
 
     def top(self, run_id: int, *, last_steps: int = 100, limit: int = 10, by: Quantity = "overflow") -> list[Worst]:
         """The tensors with the most extreme `by` within the last steps, worst first.

@@ -36,10 +36,10 @@ MAX_SCALARS = 3
 
 @dataclass(frozen=True)
 class Shown:
-    """A heat map made ready for the eye: `z` is coloured, `exact` is what the pointer reads."""
+    """A heat map made ready for the eye: coloured is `exact` less each row's `reference`; the pointer reads both."""
 
-    z: Matrix
     exact: Matrix
+    reference: Matrix | None
     scale: dict[str, Any]
     low: float
     high: float
@@ -110,33 +110,21 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) 
     if heatmap.quantity == "headroom":
         margins = np.array([slot.margin for slot in slots], dtype=np.float64)[:, None]
         ticks = [(-6.0, "−6"), (-4.0, "−4"), (-2.0, "−2"), (0.0, "margin"), (2.0, "+2"), (4.0, "+4"), (6.0, "+6")]
-        return Shown(low - margins, low, _maps(theme.HEADROOM), -6, 6, ticks)
+        return Shown(low, margins, _maps(theme.HEADROOM), -6, 6, ticks)
     if heatmap.quantity == "amax":
         with np.errstate(divide="ignore"):
             z = np.where(high > 0, np.log2(high), np.nan)
         bottom, top = _bounds(z)
         marks = np.unique(np.linspace(bottom, top, 6).round())
-        return Shown(
-            z,
-            z,
-            _maps({"light": theme.CIVIDIS, "dark": theme.CIVIDIS}),
-            bottom,
-            top,
-            [(m, text.exp2(m)) for m in marks],
-        )
+        maps = _maps({"light": theme.CIVIDIS, "dark": theme.CIVIDIS})
+        return Shown(z, None, maps, bottom, top, [(mark, text.exp2(mark)) for mark in marks])
     reference = _median(low)
     farther = np.where(np.abs(high - reference) >= np.abs(low - reference), high, low)
     change = farther - reference
     size = max(2.0, math.ceil(float(np.nanquantile(np.abs(change), 0.995)))) if np.isfinite(change).any() else 2.0
     marks = np.unique(np.linspace(-size, size, 5).round())
-    return Shown(
-        change,
-        farther,
-        _maps(theme.DIVERGING),
-        -size,
-        size,
-        [(m, f"{m:+.0f}".replace("-", "−") if m else "0") for m in marks],
-    )
+    words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
+    return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words)
 
 
 def _shares(quantity: Quantity, ratio: Matrix) -> Shown:
@@ -149,7 +137,7 @@ def _shares(quantity: Quantity, ratio: Matrix) -> Shown:
     scale = {"$theme": {name: theme.share_scale(shades, 0.07 / 1.07) for name, shades in colors.items()}}
     every = 1 if -bottom <= 6 else 2
     ticks = [(bottom - zero / 2, "0")] + [(float(e), text.share(10.0**e)) for e in range(0, int(bottom) - 1, -every)]
-    return Shown(z, z, scale, bottom - zero, 0.0, ticks)
+    return Shown(z, None, scale, bottom - zero, 0.0, ticks)
 
 
 def _add_scalar(
@@ -183,7 +171,8 @@ def _add_scalar(
     name = text.plain(text.shorten(scalar.name, 40))
     layout["annotations"].append(theme.label(f"<b>{name}</b>{now}", domain[1], color="$text"))
     if scalar.missing.any():
-        note = f"NaN at {text.count(int(scalar.missing.sum()))} steps, first {text.count(int(scalar.step[np.flatnonzero(scalar.missing)[0]]))}"
+        first = int(scalar.step[np.flatnonzero(scalar.missing)[0]])
+        note = f"NaN at {text.count(int(scalar.missing.sum()))} steps, first {text.count(first)}"
         layout["annotations"].append(theme.label(note, domain[1], x=1.0, xanchor="right", color="$critical"))
 
 
@@ -199,18 +188,16 @@ def _add_facet(
     axis: dict[str, Any],
 ) -> None:
     quantity = heatmap.quantity
-    z = shown.z[rows].astype(np.float32)
+    exact = shown.exact[rows].astype(np.float32)
+    z: Any = exact
+    if shown.reference is not None:  # the browser subtracts: one matrix travels, not two
+        z = {"$minus": exact, "rows": shown.reference[rows, 0].tolist()}
     formats = {"headroom": "bits", "scale_exp2": "exp2", "amax": "log2"}
-    lines = [
-        {
-            "name": quantity,
-            "values": shown.exact[rows].astype(np.float32),
-            "format": formats.get(quantity, "log10share"),
-        }
+    lines: list[dict[str, Any]] = [
+        {"name": "scale" if quantity == "scale_exp2" else quantity, "format": formats.get(quantity, "log10share")}
     ]
     if quantity == "scale_exp2":
-        lines[0]["name"] = "scale"
-        lines.append({"name": "vs median", "values": None, "format": "change"})
+        lines.append({"name": "vs median", "format": "change", "minus": True})
     role = slots[0].role
     kinds = sorted({(slot.format, slot.margin) for slot in slots})
     traces.append(
@@ -229,6 +216,7 @@ def _add_facet(
                 "slots": [slot.slot for slot in slots],
                 "role": role.value,
                 "width": heatmap.width,
+                "values": exact,
                 "lines": lines,
             },
         }
@@ -297,10 +285,11 @@ def _by_importance(scalars: Sequence[Scalar]) -> list[Scalar]:
 
 
 def _median(values: Matrix) -> Matrix:
-    """Each row's median in whole powers of two, as a column; NaN where nothing is recorded."""
+    """Each row's median in whole powers of two, as a column; 0 where nothing is recorded."""
     recorded = np.where(np.isnan(values).all(axis=1, keepdims=True), 0.0, values)
-    middle = np.round(np.nanmedian(recorded, axis=1, keepdims=True)) if values.shape[1] else np.zeros((len(values), 1))
-    return np.where(np.isnan(values).all(axis=1, keepdims=True), np.nan, middle)
+    if not values.shape[1]:
+        return np.zeros((len(values), 1))
+    return np.asarray(np.round(np.nanmedian(recorded, axis=1, keepdims=True)), dtype=np.float64)
 
 
 def _bounds(z: Matrix) -> tuple[float, float]:

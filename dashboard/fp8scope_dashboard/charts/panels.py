@@ -61,7 +61,7 @@ def layer_axis(slots: Sequence[Slot], row_px: float) -> tuple[dict[str, Any], li
         names = []
         for block, leaves in blocks:
             names += [f"{block} │ {leaf}" if i == 0 and leaf else leaf or block for i, leaf in enumerate(leaves)]
-        positions = list(range(len(slots)))
+        positions = [float(row) for row in range(len(slots))]
     else:
         each = max(1, int(np.ceil(12 / (row_px * len(slots) / len(blocks)))))
         chosen = range(0, len(blocks), each)

@@ -51,7 +51,7 @@ def tensor_figure(
         layout["shapes"].append(
             {"type": "line", "xref": "x", "x0": step, "x1": step, "yref": "paper", "y0": 0, "y1": 1, "line": line}
         )
-        at = {
+        at: dict[str, Any] = {
             "xref": "x",
             "x": step,
             "xanchor": "left",
@@ -87,91 +87,63 @@ def _window(
     *,
     small: bool = False,
 ) -> None:
-    x = _middle(series)
-    axis = {"yaxis": _axis("y", number)}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        amax_low, amax_high = np.log2(series.low["amax"]), np.log2(series.high["amax"])
-        rms = 0.5 * np.log2(series.high["sum_sq"] / series.high["numel"])
-    amax_low[np.isinf(amax_low)] = np.nan
-    amax_high[np.isinf(amax_high)] = np.nan
-    rms[np.isinf(rms)] = np.nan
-    edges: list[Floats] = [amax_high, rms]
+    """What the format can hold as bands, rms and amax as lines in it; changes of the scale as marks below."""
+    x, yaxis = _middle(series), _axis("y", number)
+    amax_low, amax_high = _log2(series.low["amax"]), _log2(series.high["amax"])
+    rms = _log2(series.high["sum_sq"] / np.where(series.high["numel"] > 0, series.high["numel"], np.nan)) / 2
+    edges = [amax_high, rms]
     if fmt is not None:
-        tight = series.high["scale_exp2"]
-        top, normal, lowest = (math.log2(v) - tight for v in (fmt.max, fmt.smallest_normal, fmt.smallest_subnormal))
-        edges += [top, lowest]
-        base = _LINE | axis
-        edge = {"width": 1, "color": theme.ROLE_COLOR[slot.role], **_STEPS}
-        none = {"width": 0, **_STEPS}
-        limit = {"name": "max", "format": "log2"}
-        traces += [
-            base | {"x": x, "y": _f4(lowest), "line": none, "about": {"name": "smallest", "format": "log2"}},
-            base
-            | {
-                "x": x,
-                "y": _f4(normal),
-                "line": none,
-                "fill": "tonexty",
-                "fillcolor": "$band2",
-                "about": {"name": "normal", "format": "log2"},
-            },
-            base | {"x": x, "y": _f4(top), "line": edge, "fill": "tonexty", "fillcolor": "$band", "about": limit},
+        limits = [
+            math.log2(v) - series.high["scale_exp2"] for v in (fmt.smallest_subnormal, fmt.smallest_normal, fmt.max)
         ]
-        changed = np.flatnonzero(np.diff(tight) != 0) + 1
-        changed = changed[~np.isnan(tight[changed]) & ~np.isnan(tight[changed - 1])]
-        if not small and changed.size:
-            ticks = {
-                "mode": "markers",
-                "marker": {"symbol": "line-ns", "size": 6, "line": {"width": 1, "color": "$muted"}},
-            }
-            span = [v for v in edges if np.isfinite(v).any()]
-            lowest_value = min(float(np.nanmin(v)) for v in span)
-            floor = lowest_value - 0.5 - 0.03 * (max(float(np.nanmax(v)) for v in span) - lowest_value)
-            traces.append(
-                _LINE
-                | axis
-                | ticks
-                | {"x": x[changed], "y": np.full(changed.size, floor, np.float32), "hoverinfo": "skip"}
-            )
-        if not small and x.size:
-            words = ((top, f"max {text.number(fmt.max)}", "bottom"), (lowest, "subnormal", "bottom"))
-            for value, name, side in words:
-                finite = value[np.isfinite(value)]
-                if finite.size:
-                    layout["annotations"].append(_inside(name, float(finite[0]), side, number))
+        edges += limits
+        _bands(traces, x, limits, yaxis, theme.ROLE_COLOR[slot.role])
+    found = np.concatenate([edge[np.isfinite(edge)] for edge in edges])
+    low, high = _padded(float(found.min()), float(found.max())) if found.size else (-8.0, 8.0)
+    if fmt is not None and not small:
+        _scale_marks(traces, x, series.high["scale_exp2"], yaxis, low + 0.022 * (high - low))
+        for limit, name in ((limits[2], f"max {text.number(fmt.max)}"), (limits[0], "subnormal")):
+            if np.isfinite(limit).any():
+                layout["annotations"].append(_inside(name, float(limit[np.isfinite(limit)][0]), yaxis))
+    line = _LINE | {"x": x, "yaxis": yaxis}
     if (amax_high > amax_low).any():
-        band = _LINE | axis | {"x": x, "line": {"width": 0}, "hoverinfo": "skip"}
-        traces.append(band | {"y": _f4(amax_low)})
-        traces.append(band | {"y": _f4(amax_high), "fill": "tonexty", "fillcolor": "$grid"})
-    slots = {"slot": slot.slot}
+        traces.append(line | {"y": _f4(amax_low), "line": {"width": 0}, "hoverinfo": "skip"})
+        filled = {"fill": "tonexty", "fillcolor": "$grid", "line": {"width": 0}, "hoverinfo": "skip"}
+        traces.append(line | {"y": _f4(amax_high)} | filled)
+    about = {"format": "log2", "slot": slot.slot}
+    dotted = {"width": 1, "dash": "dot", "color": "$muted"}
+    traces.append(line | {"y": _f4(rms), "line": dotted, "about": about | {"name": "rms"}})
     traces.append(
-        _LINE
-        | axis
-        | {
-            "x": x,
-            "y": _f4(rms),
-            "line": {"width": 1, "dash": "dot", "color": "$muted"},
-            "about": {"name": "rms", "format": "log2"} | slots,
-        }
+        line | {"y": _f4(amax_high), "line": {"width": 1.5, "color": "$text"}, "about": about | {"name": "amax"}}
     )
-    traces.append(
-        _LINE
-        | axis
-        | {
-            "x": x,
-            "y": _f4(amax_high),
-            "line": {"width": 1.5, "color": "$text"},
-            "about": {"name": "amax", "format": "log2"} | slots,
-        }
-    )
-    finite = np.concatenate([edge[np.isfinite(edge)] for edge in edges])
-    low, high = _padded(float(finite.min()), float(finite.max())) if finite.size else (-8.0, 8.0)
     ticks = _powers(low, high, 4 if small else 8)
-    layout[_axis("yaxis", number)] = theme.value_axis(
-        *domain, range=[low, high], tickmode="array", tickvals=ticks, ticktext=[text.exp2(t) for t in ticks]
-    )
+    layout[_axis("yaxis", number)] = theme.value_axis(*domain, range=[low, high], **_exponents(ticks))
     if not small:
         layout[_axis("yaxis", number)]["title"] = {"text": "value", "standoff": 4}
+
+
+def _bands(traces: list[Any], x: Floats, limits: list[Floats], yaxis: str, color: str) -> None:
+    """From the smallest subnormal to the smallest normal pale, from there to the maximum stronger."""
+    base = _LINE | {"x": x, "yaxis": yaxis}
+    none = {"width": 0, **_STEPS}
+    subnormal, normal, largest = (_f4(limit) for limit in limits)
+    about = {"format": "log2"}
+    fill = {"fill": "tonexty", "fillcolor": "$band2"}
+    edge = {"width": 1, "color": color, **_STEPS}
+    traces += [
+        base | {"y": subnormal, "line": none, "about": about | {"name": "subnormal"}},
+        base | {"y": normal, "line": none, "about": about | {"name": "normal"}} | fill,
+        base | {"y": largest, "line": edge, "about": about | {"name": "max"}} | fill | {"fillcolor": "$band"},
+    ]
+
+
+def _scale_marks(traces: list[Any], x: Floats, scale: Floats, yaxis: str, y: float) -> None:
+    """A small mark at each point whose scale differs from the one before."""
+    changed = np.flatnonzero(np.abs(np.diff(scale, prepend=np.nan)) > 0)
+    if changed.size:
+        marker = {"symbol": "line-ns", "size": 6, "line": {"width": 1, "color": "$muted"}}
+        at = {"x": x[changed], "y": np.full(changed.size, y, np.float32), "yaxis": yaxis}
+        traces.append(_LINE | at | {"mode": "markers", "marker": marker, "hoverinfo": "skip"})
 
 
 def _strip(
@@ -226,9 +198,7 @@ def _scale(traces: list[Any], layout: dict[str, Any], series: Series, number: in
     _band(traces, series, low, high, number, "$text", {"name": "scale", "format": "exp2"}, stepped=True)
     bottom, top = _range(low, high, least=2.0)
     ticks = _powers(bottom, top, 4)
-    layout[_axis("yaxis", number)] = theme.value_axis(
-        *domain, range=[bottom, top], tickmode="array", tickvals=ticks, ticktext=[text.exp2(t) for t in ticks]
-    )
+    layout[_axis("yaxis", number)] = theme.value_axis(*domain, range=[bottom, top], **_exponents(ticks))
     layout["annotations"].append(theme.label("<b>scale</b>, multiplies into FP8", domain[1]))
 
 
@@ -338,18 +308,15 @@ def _band(
     traces.append(_LINE | axis | {"x": x, "y": _f4(high if worst is None else worst), "line": line, "about": about})
 
 
-def _inside(name: str, y: float, side: str, number: int) -> dict[str, Any]:
-    """A word at the left end of a line of the window, on one side of it."""
-    at = {
-        "xref": "paper",
-        "x": 0,
-        "xanchor": "left",
-        "yref": _axis("y", number),
-        "y": y,
-        "yanchor": side,
-        "showarrow": False,
-    }
-    return {"text": name, **at, "xshift": 4, "font": {"size": 10, "color": "$muted"}}
+def _inside(name: str, y: float, yaxis: str) -> dict[str, Any]:
+    """A word at the left end of a line of the window, above it."""
+    at = {"xref": "paper", "x": 0, "xanchor": "left", "yref": yaxis, "y": y, "yanchor": "bottom"}
+    return {"text": name, **at, "xshift": 4, "showarrow": False, "font": {"size": 10, "color": "$muted"}}
+
+
+def _exponents(ticks: list[int]) -> dict[str, Any]:
+    """Ticks at powers of two, written as such."""
+    return {"tickmode": "array", "tickvals": ticks, "ticktext": [text.exp2(tick) for tick in ticks]}
 
 
 def _range(low: Floats, high: Floats, *, least: float) -> tuple[float, float]:
@@ -371,6 +338,11 @@ def _powers(low: float, high: float, most: int) -> list[int]:
     each = max(1, math.ceil((high - low) / most))
     each = next((nice for nice in (1, 2, 4, 8, 16, 32, 64) if nice >= each), each)
     return [e for e in range(math.ceil(low), math.floor(high) + 1) if e % each == 0]
+
+
+def _log2(values: Floats) -> Floats:
+    """log2 of what is above zero; NaN elsewhere."""
+    return np.log2(np.where(values > 0, values, np.nan))
 
 
 def _middle(series: Series) -> Floats:

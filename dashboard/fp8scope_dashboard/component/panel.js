@@ -6,9 +6,10 @@
 
 const states = new WeakMap();
 
-export default function (component) {
+// Called for each message; the answer is what to do when the component goes away.
+export async function mount(component, assets) {
   const { data, parentElement } = component;
-  if (!data) return;
+  await style(assets["panel.css"]);
   let state = states.get(parentElement);
   if (!state) {
     const root = document.createElement("div");
@@ -16,6 +17,7 @@ export default function (component) {
     parentElement.appendChild(root);
     states.set(parentElement, (state = { root }));
   }
+  state.assets = assets;
   state.send = component.setTriggerValue;
   state.palette = paletteOf(state.root, data.palettes);
   for (const name of ["muted", "line"]) state.root.style.setProperty(`--fs-${name}`, state.palette[name]);
@@ -160,7 +162,7 @@ async function renderChart(state, data) {
     for (const [name, array] of Object.entries(data.arrays)) state.arrays[name] = splice(old[name], array);
     state.version = data.version;
   }
-  const Plotly = await plotly(data.plotly);
+  const Plotly = await plotly(state.assets["plotly.js"]);
   const colors = { ...state.palette, font: getComputedStyle(state.root).fontFamily };
   const theme = state.palette.name;
   const figure = fill(data.figure, state.arrays, colors, theme);
@@ -242,7 +244,7 @@ function cellLines(point) {
   const lines = [[null, about.names[row]]];
   if (about.role) lines.push(["role", about.role]);
   lines.push([about.width > 1 ? "steps" : "step", steps]);
-  for (const line of about.lines) lines.push([line.name, formatted(line.values ? line.values[row][column] : point.z, line.format)]);
+  for (const line of about.lines) lines.push([line.name, formatted(line.minus ? point.z : about.values[row][column], line.format)]);
   return lines;
 }
 
@@ -278,6 +280,9 @@ function splice(old, { dtype, shape, keep, base64 }) {
   return shape.length === 2 ? result : result[0];
 }
 
+// Each row of a matrix minus a number of its own.
+const less = (matrix, rows) => matrix.map((row, i) => row.map((v) => v - rows[i]));
+
 // The figure with arrays, colours of the theme and maps of the theme put in. Tokens count only where colours and fonts
 // are named: a layer may be called "$text".
 function fill(value, arrays, colors, theme, key = "") {
@@ -285,6 +290,7 @@ function fill(value, arrays, colors, theme, key = "") {
   if (Array.isArray(value)) return value.map((item) => fill(item, arrays, colors, theme, key));
   if (value === null || typeof value !== "object") return value;
   if ("$array" in value) return arrays[value.$array];
+  if ("$minus" in value) return less(arrays[value.$minus.$array], value.rows);
   if ("$theme" in value) return fill(value.$theme[theme], arrays, colors, theme, key);
   return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, fill(item, arrays, colors, theme, name)]));
 }
@@ -296,6 +302,16 @@ function paletteOf(root, palettes) {
   const luminance = 0.3 * (rgb >> 16) + 0.59 * ((rgb >> 8) & 255) + 0.11 * (rgb & 255);
   const name = luminance < 128 ? "dark" : "light";
   return { ...palettes[name], name };
+}
+
+let styled = null;
+function style(url) {
+  styled ??= new Promise((resolve) => {
+    const sheet = document.createElement("link");
+    Object.assign(sheet, { rel: "stylesheet", href: url, onload: resolve, onerror: resolve });
+    document.head.append(sheet);
+  });
+  return styled;
 }
 
 let loading = null;

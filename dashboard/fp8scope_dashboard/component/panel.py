@@ -1,28 +1,24 @@
 """The Python side of the one component: headers, tables and charts, drawn by panel.js.
 
-A chart is sent whole once for each browser session; after that only the columns that changed travel: `_delta` compares
+A chart is sent whole once for each browser session; after that only the columns that changed travel: `_sent` compares
 every array with what was sent before and keeps the longest common start. What the person did comes back as an `Event`.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import plotly
 import streamlit as st
 
+from fp8scope_dashboard.component import assets
 from fp8scope_dashboard.theme import PALETTES, Figure
 
 Array = npt.NDArray[Any]
-
-_HERE = Path(__file__).parent
-PLOTLY_URL = f"fp8scope/plotly-{plotly.__version__}.min.js"  # served by asgi.py; a new version has a new address
 
 
 @dataclass(frozen=True)
@@ -51,52 +47,61 @@ class Zoom:
 Event = Go | Click | Zoom
 
 
-def header(key: str, *, crumbs: list[Mapping[str, Any]], **parts: Any) -> Event | None:
+def header(key: str, *, crumbs: Sequence[Mapping[str, Any]], **parts: Any) -> Event | None:
     """The line at the top: where we are, links to neighbours, the state of the run."""
     return _mount(key, {"kind": "header", "crumbs": crumbs, **parts})
 
 
-def table(key: str, rows: list[Mapping[str, Any]], *, empty: str, **parts: Any) -> Event | None:
+def table(key: str, rows: Sequence[Mapping[str, Any]], *, empty: str, **parts: Any) -> Event | None:
     """Rows of cells; a row with `to` is a link."""
     return _mount(key, {"kind": "table", "rows": rows, "empty": empty, **parts})
 
 
 def chart(key: str, figure: Figure, *, height: int, view: Any = None, **parts: Any) -> Event | None:
     """A plotly figure whose arrays are numpy; `view` is the range that the person asked for, None while following."""
-    sent: dict[str, Any] = st.session_state.setdefault(f"sent {key}", {"version": 0, "arrays": {}})
     arrays: dict[str, Array] = {}
-    skeleton = _without_arrays(figure, arrays, "")
-    messages, whole = _delta(sent["arrays"], arrays)
-    if sent["version"] == 0 or whole:
-        base = None
-    else:
-        base = sent["version"]
-    changed = base is None or any(m["keep"] < m["shape"][-1] for m in messages.values()) or _shrunk(sent, arrays)
-    if not changed:
-        base, messages = sent["base"], sent["messages"]
-    else:
-        sent.update(version=sent["version"] + 1, arrays=arrays, base=base, messages=messages)
-    message = {"figure": skeleton, "arrays": messages, "version": sent["version"], "base": base}
-    result = _mount(key, {"kind": "chart", "plotly": PLOTLY_URL, "height": height, "view": view, **message, **parts})
-    return result
+    skeleton = _without_arrays(figure, arrays, "", {})
+    known: _Sent | None = st.session_state.get(f"sent {key}")
+    sent = _sent(known, arrays)
+    st.session_state[f"sent {key}"] = sent
+    message = {"figure": skeleton, "arrays": sent.messages, "version": sent.version, "base": sent.base}
+    return _mount(key, {"kind": "chart", "height": height, "view": view, **message, **parts})
 
 
-def _shrunk(sent: dict[str, Any], arrays: dict[str, Array]) -> bool:
-    return any(array.shape != sent["arrays"][name].shape for name, array in arrays.items())
+@dataclass(frozen=True)
+class _Sent:
+    """The newest message about a chart's arrays: `version` is made from `base`, or from nothing."""
+
+    version: int
+    base: int | None
+    arrays: dict[str, Array]
+    messages: dict[str, Any]
 
 
-def _delta(old: dict[str, Array], new: dict[str, Array]) -> tuple[dict[str, Any], bool]:
-    """The messages for `new` on top of `old`, and whether nothing of `old` can be used."""
-    whole = old.keys() != new.keys() or any(
-        a.shape[:-1] != old[n].shape[:-1] or a.dtype != old[n].dtype for n, a in new.items()
-    )
+def _sent(known: _Sent | None, arrays: dict[str, Array]) -> _Sent:
+    """What to send now; where nothing changed the same message again, which the browser knows by its version."""
+    if known is None:
+        return _Sent(1, None, arrays, _messages({}, arrays))
+    shapes = [(name, a.shape[:-1], a.dtype) for name, a in arrays.items()]
+    if shapes != [(name, a.shape[:-1], a.dtype) for name, a in known.arrays.items()]:
+        return _Sent(known.version + 1, None, arrays, _messages({}, arrays))
+    if all(
+        a.shape == known.arrays[n].shape and _common_columns(known.arrays[n], a) == a.shape[-1]
+        for n, a in arrays.items()
+    ):
+        return known
+    return _Sent(known.version + 1, known.version, arrays, _messages(known.arrays, arrays))
+
+
+def _messages(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Any]:
+    """Each array's columns after those that it shares with the old one."""
     messages = {}
     for name, array in new.items():
-        keep = 0 if whole else _common_columns(old[name], array)
+        keep = _common_columns(old[name], array) if name in old else 0
         part = np.ascontiguousarray(array[..., keep:])
         text = base64.b64encode(part.tobytes()).decode()
         messages[name] = {"dtype": array.dtype.str[1:], "shape": array.shape, "keep": keep, "base64": text}
-    return messages, whole
+    return messages
 
 
 def _common_columns(old: Array, new: Array) -> int:
@@ -108,16 +113,20 @@ def _common_columns(old: Array, new: Array) -> int:
     return int(columns[0]) if columns.size else shared
 
 
-def _without_arrays(value: Any, arrays: dict[str, Array], path: str) -> Any:
-    """`value` with every numpy array replaced by its name; the arrays go to `arrays`, in types that a browser has."""
+def _without_arrays(value: Any, arrays: dict[str, Array], path: str, seen: dict[int, str]) -> Any:
+    """`value` with every numpy array replaced by its name; the arrays go to `arrays`, in types that a browser has.
+
+    An array that occurs twice travels once: `seen` has the name of each by its identity.
+    """
     if isinstance(value, np.ndarray):
-        narrow = {"i": np.int32, "u": np.int32}.get(value.dtype.kind, value.dtype)
-        arrays[path] = value.astype(narrow, copy=False)
-        return {"$array": path}
+        if id(value) not in seen:
+            seen[id(value)] = path
+            arrays[path] = value.astype(np.int32 if value.dtype.kind in "iu" else value.dtype, copy=False)
+        return {"$array": seen[id(value)]}
     if isinstance(value, dict):
-        return {key: _without_arrays(item, arrays, f"{path}.{key}") for key, item in value.items()}
+        return {key: _without_arrays(item, arrays, f"{path}.{key}", seen) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_arrays(item, arrays, f"{path}.{i}") for i, item in enumerate(value)]
+        return [_without_arrays(item, arrays, f"{path}.{i}", seen) for i, item in enumerate(value)]
     return value
 
 
@@ -151,11 +160,5 @@ def _ignore() -> None:
     """A trigger needs a callback; the value is read from the result."""
 
 
-@st.cache_resource(show_spinner=False)
-def _sources() -> tuple[str, str]:
-    return (_HERE / "panel.js").read_text(), (_HERE / "panel.css").read_text()
-
-
 def _component() -> Any:
-    js, css = _sources()
-    return st.components.v2.component("fp8scope_panel", js=js, css=css, isolate_styles=False)
+    return st.components.v2.component("fp8scope_panel", js=assets.loader(), isolate_styles=False)

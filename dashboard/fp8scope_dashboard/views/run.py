@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import streamlit as st
 
@@ -83,11 +83,8 @@ def _range(where: links.Where, run: RunSummary) -> None:
 
     def changed() -> None:
         new_start, new_end = st.session_state[key]
-        range_of = {
-            "first_step": new_start if new_start > first else None,
-            "last_step": new_end if new_end < last else None,
-        }
-        shell.move(replace(where, **range_of))
+        first_step, last_step = new_start if new_start > first else None, new_end if new_end < last else None
+        shell.move(replace(where, first_step=first_step, last_step=last_step))
 
     st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=230)
 
@@ -111,20 +108,6 @@ def _filter(where: links.Where) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Window:
-    """What is shown: the slots and the steps of the address, as far as the run is."""
-
-    run: RunSummary
-    slots: list[Slot]
-    first: int
-    last: int
-
-    def heatmap(self, where: links.Where, quantity: Quantity) -> HeatMap | None:
-        """The map of one quantity over these steps."""
-        return queries.live_heatmap(queries.database_url(), self.run.id, quantity, self.first, where.last_step).read()
-
-
 def _body(where: links.Where) -> None:
     run = queries.run(where.run)
     if run is None or run.last_step is None or run.first_step is None:
@@ -134,23 +117,24 @@ def _body(where: links.Where) -> None:
         st.info(f"No layer matches {shell.escaped(where.filter)}. A glob must match the whole name: blocks.1\\*.mlp\\*")
         return
     last = run.last_step if where.last_step is None else min(run.last_step, where.last_step)
-    window = _Window(run, slots, max(run.first_step, where.first_step or 0), last)
-    heatmap = window.heatmap(where, where.quantity)
+    first = max(run.first_step, where.first_step or 0)
+    maps = _maps(where, run, first)
+    heatmap = maps.get(where.quantity)
     if heatmap is None or not heatmap.low.shape[1]:
-        steps = f"{text.count(window.first)} and {text.count(last)}"
+        steps = f"{text.count(first)} and {text.count(last)}"
         st.info(
             f"No rows between steps {steps}; the run has {text.count(run.first_step)} to {text.count(run.last_step)}."
         )
         return
-    scalars = queries.scalars(queries.database_url(), run.id, run.rows, window.first, last)
+    scalars = queries.scalars(queries.database_url(), run.id, run.rows, first, last)
     chart, beside = st.columns([3.5, 1], gap="small")
     with chart:
-        figure, height = overview.overview(heatmap, slots, scalars, window.first, last)
-        explicit = None if (where.first_step, where.last_step) == (None, None) else [window.first, last]
-        note = [_note(heatmap, window), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
+        figure, height = overview.overview(heatmap, slots, scalars, first, last)
+        explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
+        note = [_note(heatmap, first, last), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
         event = panel.chart("overview", figure, height=height, view=explicit, clickable=True, note=note)
     with beside:
-        shell.follow(_worst(where, window))
+        shell.follow(_worst(where, maps, slots, last - first + 1))
     if isinstance(event, panel.Click):
         if slot := next((slot for slot in slots if slot.slot == event.slot), None):
             shell.go(replace(where, layer=slot.layer, role=slot.role, step=event.step))
@@ -158,17 +142,26 @@ def _body(where: links.Where) -> None:
         shell.go(shell.zoomed(where, event, run.last_step))
 
 
-def _note(heatmap: HeatMap, window: _Window) -> str:
-    steps = text.count(window.last - window.first + 1)
+def _maps(where: links.Where, run: RunSummary, first: int) -> dict[Quantity, HeatMap]:
+    """The map that is shown and those that the ranking needs; the first time they may take a while."""
+    quantities = tuple(dict.fromkeys((where.quantity, *ranking.LOSSES)))
+    live = queries.live_heatmaps(queries.database_url(), run.id, quantities, first, where.last_step)
+    if live.progress is None:
+        with st.spinner(f"Reading {text.count(run.rows)} rows"):
+            return live.read()
+    return live.read()
+
+
+def _note(heatmap: HeatMap, first: int, last: int) -> str:
+    steps = text.count(last - first + 1)
     if heatmap.width == 1:
         return f"every one of {steps} steps"
     return f"{text.count(heatmap.low.shape[1])} columns of {heatmap.width} steps for {steps} steps, extremes kept"
 
 
-def _worst(where: links.Where, window: _Window) -> panel.Event | None:
+def _worst(where: links.Where, maps: Mapping[Quantity, HeatMap], slots: list[Slot], steps: int) -> panel.Event | None:
     """The ranking beside the map: what the newest steps shown lost, worst first."""
-    maps = [window.heatmap(where, quantity) for quantity in ranking.LOSSES]
-    ranked = ranking.worst([m for m in maps if m is not None], window.slots, RECENT_STEPS)[:WORST]
+    ranked = ranking.worst([maps[quantity] for quantity in ranking.LOSSES], slots, RECENT_STEPS)[:WORST]
     entries = [
         {
             "to": replace(where, layer=entry.slot.layer, role=entry.slot.role).to(),
@@ -186,6 +179,6 @@ def _worst(where: links.Where, window: _Window) -> panel.Event | None:
         }
         for entry in ranked
     ]
-    recent = f"last {text.count(min(RECENT_STEPS, window.last - window.first + 1))} steps"
+    recent = f"last {text.count(min(RECENT_STEPS, steps))} steps"
     empty = f"Nothing overflowed or underflowed in the {recent}."
     return panel.table("worst", entries, title="worst tensors", subtitle=recent, empty=empty)

@@ -120,9 +120,15 @@ def choose(
         move(change(st.session_state[key] or chosen))
 
     st.segmented_control(
-        label, options, default=chosen, key=key, on_change=changed, format_func=lambda option: names.get(option, option),
-        label_visibility="collapsed", required=True,
-    )  # fmt: skip
+        label,
+        options,
+        default=chosen,
+        key=key,
+        on_change=changed,
+        format_func=lambda option: names.get(option, option),
+        label_visibility="collapsed",
+        required=True,
+    )
 
 
 def zoomed(where: links.Where, event: panel.Zoom, last_step: int) -> links.Where:

@@ -65,12 +65,8 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
     last = run.last_step if where.last_step is None else min(run.last_step, where.last_step)
     series = _series(run, chosen, first, last)
     if not series.step.size:
-        st.info(
-            f"No rows of this tensor between steps {text.count(first)} and {text.count(last)}. Double click a chart to see all steps."
-        )
-        series_is_empty = True
-    else:
-        series_is_empty = False
+        steps = f"{text.count(first)} and {text.count(last)}"
+        st.info(f"No rows of this tensor between steps {steps}. Double click a chart to see all steps.")
     main, beside = st.columns([3.4, 1.15], gap="small")
     explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
     events: list[panel.Event | None] = []
@@ -78,7 +74,7 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
         figure, height = tensor.tensor_figure(series, chosen, first, last, where.step)
         events.append(panel.chart("tensor", figure, height=height, view=explicit, clickable=True, note=_note(series)))
     with beside:
-        if not series_is_empty:
+        if series.step.size:
             _facts(series, chosen, where.step)
         for slot in mine:
             if slot.role != chosen.role:

@@ -1,0 +1,51 @@
+"""The files that the browser fetches once: our component, its style, and the plotly.js of the installed plotly.
+
+Streamlit would send a component's code along with every message that changes it, so it gets only `LOADER`, a line that
+imports the code from our own route (see asgi.py). A file's address has its content's hash, so browsers may keep it.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import plotly
+
+FOLDER = "fp8scope"
+_HERE = Path(__file__).parent
+_FILES = {
+    "panel.js": (_HERE / "panel.js", "text/javascript"),
+    "panel.css": (_HERE / "panel.css", "text/css"),
+    "plotly.js": (Path(plotly.__file__).parent / "package_data" / "plotly.min.js", "text/javascript"),
+}
+
+
+@functools.cache
+def addresses() -> dict[str, str]:
+    """Each file's address, relative to the page."""
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, (path, _) in _FILES.items()}
+    return {name: f"{FOLDER}/{digest}/{name}" for name, digest in digests.items()}
+
+
+@functools.cache
+def content(name: str) -> tuple[bytes, str] | None:
+    """A file, compressed, and its media type; None if there is none of that name."""
+    if name not in _FILES:
+        return None
+    path, media_type = _FILES[name]
+    return gzip.compress(path.read_bytes(), 5), media_type
+
+
+def loader() -> str:
+    """What Streamlit sends as the component: it imports the code once and hands each call on."""
+    return (
+        f"const assets = {json.dumps(addresses())};\n"
+        "const load = () => import(new URL(assets['panel.js'], document.baseURI).href);\n"
+        "export default function (component) {\n"
+        "  const mounted = load().then((panel) => panel.mount(component, assets));\n"
+        "  return () => mounted.then((unmount) => unmount());\n"
+        "}\n"
+    )
