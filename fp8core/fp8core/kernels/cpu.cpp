@@ -213,6 +213,8 @@ void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Ta
     Ints overflow{};
     Floats sum_sq{}, err_sq{};
     for (int i = 0; i < n; i += LANES) {
+        __builtin_prefetch(x + i + BLOCK);  // the next block comes while this pass computes
+        __builtin_prefetch(q + i + BLOCK, 1);
         const Floats wide = In::widen(x + i);
         const Floats y = wide * scale;
         const Ints bits = bit_cast<Ints>(y);
@@ -271,18 +273,18 @@ void tally_codes(const uint8_t* q, int n, const Target& target, Tally& tally) {
 }
 
 float decode(uint8_t code, const Target& target) {
-    const int a = code & 0x7F, mantissa_bits = target.mantissa_bits;
-    const float smallest_normal = bit_cast<float>(target.smallest_normal);
-    const int exponent = a >> mantissa_bits, mantissa = a & ((1 << mantissa_bits) - 1);
-    const float step = smallest_normal / float(1 << mantissa_bits);
+    const int a = code & 0x7F, first_normal = 1 << target.mantissa_bits;
+    const int exponent = a >> target.mantissa_bits, mantissa = a % first_normal;
+    const float step = bit_cast<float>(target.smallest_normal) / float(first_normal);
     const float value =
-        exponent == 0 ? float(mantissa) * step : std::ldexp(float(mantissa + (1 << mantissa_bits)) * step, exponent - 1);
+        exponent == 0 ? float(mantissa) * step : std::ldexp(float(first_normal + mantissa) * step, exponent - 1);
     return code & 0x80 ? -value : value;
 }
 
 // The sums of `encode` again in float64, for blocks whose squares leave float32's range: a few times slower.
 template <class In>
-void sums_in_float64(const typename In::Word* x, const uint8_t* q, int n, float scale, const Target& target, Tally& tally) {
+void sums_in_float64(const typename In::Word* x, const uint8_t* q, int n, float scale, const Target& target,
+                     Tally& tally) {
     float value[256];
     for (int code = 0; code < 256; ++code) value[code] = decode(uint8_t(code), target);
     tally.sum_sq = tally.err_sq = 0;
