@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import streamlit as st
@@ -13,7 +14,10 @@ from fp8scope_dashboard.component import assets
 
 
 def create_app() -> st.App:
-    """The application, for any ASGI server."""
+    """The application, for any ASGI server; what the first browser would wait for is done before it comes."""
+    importlib.import_module("fp8scope_dashboard.views.run")
+    importlib.import_module("fp8scope_dashboard.views.tensor")
+    assets.prepare()
     return st.App(Path(__file__).with_name("app.py"), routes=[Route(f"/{assets.FOLDER}/{{digest}}/{{name}}", _asset)])
 
 

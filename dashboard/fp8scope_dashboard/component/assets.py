@@ -9,17 +9,26 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
-import plotly
-
 FOLDER = "fp8scope"
 _HERE = Path(__file__).parent
+
+
+def _plotly_js() -> Path:
+    """Inside the installed plotly, which takes a while to import for a path."""
+    found = importlib.util.find_spec("plotly")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "package_data" / "plotly.min.js"
+
+
 _FILES = {
     "panel.js": (_HERE / "panel.js", "text/javascript"),
     "panel.css": (_HERE / "panel.css", "text/css"),
-    "plotly.js": (Path(plotly.__file__).parent / "package_data" / "plotly.min.js", "text/javascript"),
+    "plotly.js": (_plotly_js(), "text/javascript"),
 }
 
 
@@ -37,6 +46,13 @@ def content(name: str) -> tuple[bytes, str] | None:
         return None
     path, media_type = _FILES[name]
     return gzip.compress(path.read_bytes(), 5), media_type
+
+
+def prepare() -> None:
+    """Reads and compresses the files now, not when the first browser waits for them."""
+    for name in _FILES:
+        content(name)
+    addresses()
 
 
 def loader() -> str:
