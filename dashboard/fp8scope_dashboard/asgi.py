@@ -15,8 +15,7 @@ from fp8scope_dashboard.component import assets
 
 def create_app() -> st.App:
     """The application, for any ASGI server; what the first browser would wait for is done before it comes."""
-    importlib.import_module("fp8scope_dashboard.views.run")
-    importlib.import_module("fp8scope_dashboard.views.tensor")
+    importlib.import_module("fp8scope_dashboard.charts.tensor")  # and with it numpy, pyarrow, SQLAlchemy
     assets.prepare()
     return st.App(Path(__file__).with_name("app.py"), routes=[Route(f"/{assets.FOLDER}/{{digest}}/{{name}}", _asset)])
 

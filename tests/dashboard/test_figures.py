@@ -1,0 +1,171 @@
+"""What a picture must not lose: zeros, missing data, extremes, model order; and what travels to the browser."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp8core.records import Role
+from fp8scope_collector.storage.reader import HeatMap, Quantity, Slot
+from fp8scope_dashboard import links, text
+from fp8scope_dashboard.charts import overview, panels, ranking
+from fp8scope_dashboard.component import panel
+
+
+def a_slot(number: int, layer: str = "", role: Role = Role.INPUT, margin: int = 0) -> Slot:
+    return Slot(number, layer or f"l.{number}", role, "Fp8Linear", 16, 16, "E4M3FN", "AmaxScaling()", margin)
+
+
+def a_map(quantity: Quantity, values: list[list[float]]) -> HeatMap:
+    high = np.array(values, dtype=np.float64)
+    return HeatMap(quantity, 4, 2, np.arange(len(values)), high.copy(), high)
+
+
+def test_zero_missing_and_one_element_are_three_colours() -> None:
+    heatmap = a_map("overflow", [[0.0, np.nan, 1e-6, 0.5]])
+
+    shown = overview.ready(heatmap, np.array([0]), [a_slot(0)])
+
+    zero, missing, one, half = shown.exact[0]
+    scale = shown.scale["$theme"]["light"]
+    ground_until = shown.low + scale[1][0] * (shown.high - shown.low)
+    assert zero < shown.low  # clamped to the first colour, the ground
+    assert np.isnan(missing)
+    assert ground_until <= one < half <= shown.high
+    assert (scale[0][1], scale[1][1]) == ("$ground", "$ground")
+    assert scale[2][1] != "$ground"
+
+
+def test_headroom_is_coloured_against_the_margin() -> None:
+    shown = overview.ready(a_map("headroom", [[3.5, -1.0]]), np.array([0]), [a_slot(0, margin=3)])
+
+    assert shown.reference is not None
+    np.testing.assert_array_equal(shown.exact - shown.reference, [[0.5, -4.0]])
+
+
+def test_scale_is_coloured_against_its_median_and_the_farther_extreme_wins() -> None:
+    low, high = np.array([[4.0, 4, 4, 1, np.nan]]), np.array([[4.0, 5, 4, 4, np.nan]])
+    heatmap = HeatMap("scale_exp2", 1, 0, np.array([0]), low, high)
+
+    shown = overview.ready(heatmap, np.array([0]), [a_slot(0)])
+
+    assert shown.reference is not None
+    np.testing.assert_array_equal(shown.exact - shown.reference, [[0, 1, 0, -3, np.nan]])
+
+
+def test_ranking_puts_nan_before_overflow_before_underflow_and_lists_a_slot_once() -> None:
+    maps = [
+        a_map("nonfinite", [[0, 0, 0], [0, 0, 0.1], [0, 0, 0]]),
+        a_map("overflow", [[0, 0.2, 0.3], [0, 0, 0.9], [0, 0, 0]]),
+        a_map("underflow", [[0.5, 0.5, 0.5], [0, 0, 0], [0.1, 0.1, 0.1]]),
+    ]
+
+    ranked = ranking.worst(maps, [a_slot(0), a_slot(1), a_slot(2)], recent_steps=4)
+
+    assert [(entry.slot.slot, entry.what, entry.share) for entry in ranked] == [
+        (1, "NaN, Inf", 0.1),
+        (0, "overflow", 0.3),
+        (2, "underflow", 0.1),
+    ]
+    assert ranked[1].since == "since step 12"
+
+
+def test_layers_are_grouped_by_block_in_model_order() -> None:
+    layers = ["embed", "blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "lm_head"]
+
+    blocks = panels.blocks_of(layers)
+
+    assert blocks == [
+        ("embed", [""]),
+        ("blocks.0", ["attn.qkv", "mlp.fc1"]),
+        ("blocks.1", ["mlp.fc1"]),
+        ("lm_head", [""]),
+    ]
+
+
+def test_sparkline_keeps_a_single_spike_among_many_columns() -> None:
+    values = np.zeros(500)
+    values[237] = 1.0
+
+    assert max(v for v in panels.spark(values) if v is not None) == 1.0
+
+
+def test_only_new_columns_travel() -> None:
+    matrix = np.random.default_rng(0).normal(size=(50, 300)).astype(np.float32)
+    matrix[3, :40] = np.nan
+    first = panel._sent(None, {"z": matrix})
+    grown = np.hstack([matrix, np.ones((50, 2), np.float32)])
+    grown[:, 299] = 7  # the column that was not complete
+
+    same = panel._sent(first, {"z": matrix.copy()})
+    second = panel._sent(first, {"z": grown})
+
+    assert same is first
+    assert (first.base, second.base, second.version) == (None, 1, 2)
+    message = second.messages["z"]
+    assert (message["keep"], message["shape"]) == (299, (50, 302))
+    added = np.frombuffer(base64.b64decode(message["base64"]), np.float32).reshape(50, 3)
+    np.testing.assert_array_equal(np.hstack([matrix[:, :299], added]), grown)
+
+
+def test_another_set_of_rows_travels_whole() -> None:
+    first = panel._sent(None, {"z": np.zeros((5, 9), np.float32)})
+
+    second = panel._sent(first, {"z": np.zeros((4, 9), np.float32)})
+
+    assert (second.base, second.version, second.messages["z"]["keep"]) == (None, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "result", [{}, {"go": 3}, {"go": {"params": 1}}, {"click": {"slot": "x"}}, {"zoom": {"from": "a"}}]
+)
+def test_what_the_browser_reports_is_checked(result: dict[str, Any]) -> None:
+    assert list(panel._events(result)) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [
+        ("300-420", (300, 420)),
+        ("420-300", (300, 420)),
+        ("300-", (300, None)),
+        ("-9", (None, 9)),
+        ("", (None, None)),
+        ("x-3", (None, None)),
+        ("1-2-3", (None, None)),
+    ],
+)
+def test_range_of_an_address(written: str, steps: tuple[int | None, int | None]) -> None:
+    assert links.parse_range(written) == steps
+
+
+def test_an_address_survives_a_round_trip() -> None:
+    where = links.Where("llm/gpt", "blocks.0.x", Role.WEIGHT, "overflow", 3, None, "blocks.*", 17)
+
+    assert links.parse(where.params()) == where
+    assert links.parse(links.Where(run="gpt").params()) == links.Where(run="gpt")
+    assert links.Where(run="gpt").params() == {"run": "gpt"}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0.0, "0"),
+        (1234.5, "1\u2009234"),
+        (0.012345, "0.0123"),
+        (-2.5, "−2.5"),
+        (3e-7, "3.00·10⁻⁷"),
+        (float("nan"), "–"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value: float, words: str) -> None:
+    assert text.number(value) == words
+
+
+def test_shares_and_powers_read_as_people_say_them() -> None:
+    assert [text.share(v) for v in (0.0, 0.004, 2e-6, 1.0)] == ["0", "0.4 %", "2 ppm", "100 %"]
+    assert [text.exp2(v) for v in (-9.0, 0.5)] == ["2⁻⁹", "2^0.5"]
+    assert [text.duration(s) for s in (3, 61, 7300, 90000)] == ["3 s", "1 min 1 s", "2 h 1 min", "1 d 1 h"]
