@@ -406,21 +406,28 @@ template <class In> float amax_of(const void* x, int64_t n, int threads) {
 template <class In> void count_exponents(const void* x, int64_t n, int64_t* counts, int threads) {
     const auto* words = static_cast<const typename In::Word*>(x);
     over_blocks(n, threads, [&](int64_t first, int count) {
-        uint16_t table[8][256] = {};
-        for (int i = 0; i < count; i += LANES) {
-            const int lanes = count - i < LANES ? count - i : LANES;
-            typename In::Word tail[LANES] = {};
-            if (lanes < LANES) std::memcpy(tail, words + first + i, size_t(lanes) * sizeof *words);
-            const Floats wide = In::widen(lanes < LANES ? tail : words + first + i);
-            const Ints exponent = (bit_cast<Ints>(wide) >> 23) & 0xFF;
-            for (int lane = 0; lane < lanes; ++lane) ++table[lane % 8][exponent[lane]];
+        typename In::Word padded[BLOCK];
+        const auto* block = words + first;
+        if (count % PAD) {
+            std::memset(padded, 0, sizeof padded);
+            block = static_cast<const typename In::Word*>(std::memcpy(padded, block, size_t(count) * sizeof *block));
         }
+        uint8_t exponent[BLOCK];
+        for (int i = 0; i < count; i += LANES) {
+            const QuarterRegister packed = narrow(bit_cast<Ints>(In::widen(block + i)) >> 23);
+            std::memcpy(exponent + i, &packed, sizeof packed);
+        }
+        uint16_t table[8][256] = {};
+        const int whole = count / 8 * 8;
+        for (int i = 0; i < whole; i += 8)
+            for (int lane = 0; lane < 8; ++lane) ++table[lane][exponent[i + lane]];
+        for (int i = whole; i < count; ++i) ++table[0][exponent[i]];
+        for (int lane = 1; lane < 8; ++lane)
+            for (int bin = 0; bin < 256; ++bin) table[0][bin] = uint16_t(table[0][bin] + table[lane][bin]);
         for (int bin = 0; bin < 256; ++bin) {
-            int64_t sum = 0;
-            for (const auto& part : table) sum += part[bin];
-            if (sum) {
+            if (table[0][bin]) {
 #pragma omp atomic
-                counts[bin] += sum;
+                counts[bin] += table[0][bin];
             }
         }
         return Tally();
