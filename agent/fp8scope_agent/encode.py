@@ -38,6 +38,8 @@ class StepRows:
 def decode_step(words: list[npt.NDArray[np.int64]], slots_of: tuple[npt.NDArray[np.int64], ...]) -> StepRows:
     """The written rows of all arenas of a step, in the order of the slots."""
     parts = [decode_arena(arena_words) for arena_words in words]
+    if len(parts) == 1:  # the usual case; its slots ascend already
+        return StepRows(slots_of[0][parts[0].slot], parts[0].columns)
     slot = np.concatenate([[], *(slots[part.slot] for slots, part in zip(slots_of, parts, strict=True))]).astype(int)
     order = np.argsort(slot, kind="stable")
     columns = {

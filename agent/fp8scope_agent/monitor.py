@@ -124,13 +124,14 @@ class Monitor:
     def _take(self, given: int | None, scalars: dict[str, float | torch.Tensor]) -> None:
         sampled = self._calls % self._every == 0 and bool(self._tap.arenas)
         self._calls += 1
+        frame = None
         number = self._number(given)
         if number is not None:
             self._step = number
+        if number is not None and (sampled or scalars):
             on_host, on_device = self._split(scalars)
-            if (sampled or scalars) and not self._ring.take(
-                number, sampled=sampled, host_scalars=on_host, device_scalars=on_device
-            ):
+            frame = self._ring.take(number, sampled=sampled, host_scalars=on_host, device_scalars=on_device)
+            if frame is None:
                 self._drops.add("ring_full", len(self._tap.slots) if sampled else 0)
                 self._notices.warn(
                     "ring_full",
@@ -141,6 +142,8 @@ class Monitor:
             if sampled:
                 arena.reset()
             arena.recording = self._calls % self._every == 0
+        if frame is not None:
+            self._ring.hand_over(frame)
 
     def _number(self, given: int | None) -> int | None:
         """The step's number; None where it cannot be used, which is counted and said."""

@@ -61,12 +61,12 @@ class Ring:
 
     def take(
         self, step: int, *, sampled: bool, host_scalars: dict[str, float], device_scalars: Mapping[str, torch.Tensor]
-    ) -> bool:
-        """Enqueue the copy of this step; False where no buffer is free. `device_scalars` are 0-d CUDA tensors."""
+    ) -> Frame | None:
+        """A frame into which this step is being copied; None where none is free. `device_scalars` are CUDA tensors."""
         try:
             frame = self._free.get_nowait()
         except queue.Empty:
-            return False
+            return None
         frame.step = step
         frame.taken_unix_ns = time.time_ns()
         frame.sampled = sampled
@@ -81,8 +81,11 @@ class Ring:
             if device not in frame.events:
                 frame.events[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
             frame.events[device].record(torch.cuda.current_stream(device))
+        return frame
+
+    def hand_over(self, frame: Frame) -> None:
+        """Let the drain have it. Last of all in a step: it wakes a thread that wants the interpreter lock."""
         self._full.put(frame)
-        return True
 
     def next(self, timeout_s: float) -> Frame | None:
         """The oldest frame, perhaps not ready yet; None after `timeout_s` without one, or when woken."""
