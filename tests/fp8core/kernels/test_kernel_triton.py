@@ -129,13 +129,26 @@ def test_the_other_kernels_spill_nothing_and_merge_by_64_bit_atomics(tmp_path):
     assert not re.search(r"(?:red|atom)\.global", overwrite.asm["ptx"])
 
 
+@pytest.mark.parametrize("ones", [{}, {"iterations": 1, "n": 1, "rows": 1, "columns": 1}], ids=["odd", "one"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["cast", "cast_transpose"])
-def test_odd_sizes_and_addresses_compile_too(transpose):
-    constants = cast_constants(E5M2FNUZ, torch.bfloat16, True)
-    if transpose:
-        compile_for_hopper(jit.cast_transpose_kernel, constants | TILE, launchers._OPTIONS, aligned=False)
-    else:
-        compile_for_hopper(jit.cast_kernel, constants | {"BLOCK": BLOCK}, launchers._OPTIONS, aligned=False)
+def test_odd_addresses_and_sizes_compile_and_so_do_sizes_of_one_which_triton_makes_constants(transpose, ones):
+    kernel = jit.cast_transpose_kernel if transpose else jit.cast_kernel
+    block = TILE if transpose else {"BLOCK": BLOCK}
+    constants = {name: value for name, value in ones.items() if name in kernel.arg_names}
+
+    compile_for_hopper(
+        kernel, cast_constants(E5M2FNUZ, torch.bfloat16, True) | block | constants, launchers._OPTIONS, aligned=False
+    )
+
+
+def test_a_single_element_compiles_too():
+    one = {"n": 1, "iterations": 1, "TYPE": 0, "BLOCK": BLOCK}
+    merge = {"programs": 1, "numel": 1, "BLOCK": 256}
+
+    compile_for_hopper(jit.amax_kernel, one, launchers._OPTIONS, aligned=False)
+    compile_for_hopper(jit.exponents_kernel, one, launchers._OPTIONS, aligned=False)
+    compile_for_hopper(jit.finalise_kernel, merge | {"OVERWRITE": False}, launchers._OPTIONS, aligned=False)
+    compile_for_hopper(jit.finalise_kernel, merge | {"OVERWRITE": True}, launchers._OPTIONS, aligned=False)
 
 
 def test_the_launchers_never_ask_the_device_for_a_value():
