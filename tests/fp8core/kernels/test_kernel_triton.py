@@ -65,13 +65,17 @@ def cast_constants(fmt, dtype, stats, hw_cast=False):
     return launchers._constants(torch.empty(0, dtype=dtype), fmt, stats, hw_cast)
 
 
-def stack_bytes(compiled, folder):
-    """What spilled out of the registers."""
+def dumped(compiled, folder, what):
+    """What cuobjdump says about the machine code."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+    return subprocess.run([tool, what, cubin], check=True, capture_output=True, text=True).stdout
+
+
+def stack_bytes(compiled, folder):
+    """What spilled out of the registers."""
+    return int(re.search(r"STACK:(\d+)", dumped(compiled, folder, "--dump-resource-usage"))[1])
 
 
 def accesses(compiled):
@@ -97,8 +101,10 @@ def test_a_cast_spills_nothing_and_moves_16_bytes_at_a_time(dtype, stats, transp
 
     assert stack_bytes(compiled, tmp_path) == 0
     assert accesses(compiled) - SCALAR == WIDE
-    assert "fma.rn.f32" not in compiled.asm["ptx"]
-    assert ".ftz" not in compiled.asm["ptx"]
+    instructions = dumped(compiled, tmp_path, "--dump-sass")
+    assert "FADD" in instructions
+    assert "FFMA" not in instructions, "a product and a sum were contracted into one rounding"
+    assert not re.search(r"F(ADD|MUL)\S*\.FTZ", instructions), "subnormals are flushed"
 
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["cast", "cast_transpose"])
