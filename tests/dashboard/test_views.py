@@ -21,7 +21,8 @@ HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:al
 def panels(app: AppTest) -> list[dict[str, Any]]:
     """What our component was told to show."""
     nodes = [node.proto for node in app.main if type(node).__name__ == "UnknownElement"]
-    return [json.loads(proto.json, parse_constant=pytest.fail) for proto in nodes if type(proto).__name__ == "BidiComponent"]
+    found = [proto for proto in nodes if type(proto).__name__ == "BidiComponent"]
+    return [json.loads(proto.json, parse_constant=pytest.fail) for proto in found]  # a browser's JSON has no NaN
 
 
 def panel(app: AppTest, kind: str) -> dict[str, Any]:

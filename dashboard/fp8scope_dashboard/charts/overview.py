@@ -63,6 +63,7 @@ def overview(
     line_px = [84 if i == 0 else 40 for i in range(len(lines))]
     height = int(sum(line_px) + 24 * len(lines) + len(roles) * (facet_px + 26) + 44)
     stack = Stack(height, top=18, bottom=40)
+    ticks = shown.ticks if len(roles) * facet_px > 240 else [shown.ticks[0], *shown.ticks[1:-1:2]]
     traces: list[dict[str, Any]] = []
     layout = theme.layout(margin={"l": left, "r": 64, "t": 18, "b": 40})
     layout["annotations"], layout["shapes"], layout["images"] = [], [], []
@@ -93,8 +94,8 @@ def overview(
             "thickness": 9,
             "outlinewidth": 0,
             "tickmode": "array",
-            "tickvals": [value for value, _ in shown.ticks],
-            "ticktext": [name for _, name in shown.ticks],
+            "tickvals": [value for value, _ in ticks],
+            "ticktext": [name for _, name in ticks],
             "ticks": "",
         },
     }

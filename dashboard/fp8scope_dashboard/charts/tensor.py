@@ -20,7 +20,7 @@ from fp8scope_dashboard.charts.panels import Stack
 
 Floats = npt.NDArray[np.float64]
 
-MARGIN = {"l": 78, "r": 16, "t": 20, "b": 40}
+MARGIN = {"l": 78, "r": 16, "t": 22, "b": 40}
 _LINE = {"type": "scatter", "mode": "lines", "xaxis": "x", "hoverinfo": "none"}
 _STEPS = {"shape": "hv"}
 
@@ -38,6 +38,10 @@ def tensor_figure(
     layout["annotations"], layout["shapes"] = [], []
     traces: list[dict[str, Any]] = []
     fmt = FORMATS.get(slot.format)
+    if fmt is not None:
+        held = f"band: what {fmt} holds in this tensor's units, max {text.number(fmt.max)} / scale; pale: subnormal"
+        legend = f"{held}  ·  line: <b>amax</b>  ·  dotted: rms  ·  ticks: the scale changed"
+        layout["annotations"].append(theme.label(legend, 1.0))
     _strip(traces, layout, series, "overflow", 1, domain["overflow"], slot)
     _window(traces, layout, series, fmt, slot, 2, domain["window"])
     _strip(traces, layout, series, "underflow", 3, domain["underflow"], slot)
@@ -102,9 +106,6 @@ def _window(
     low, high = _padded(float(found.min()), float(found.max())) if found.size else (-8.0, 8.0)
     if fmt is not None and not small:
         _scale_marks(traces, x, series.high["scale_exp2"], yaxis, low + 0.022 * (high - low))
-        for limit, name in ((limits[2], f"max {text.number(fmt.max)}"), (limits[0], "subnormal")):
-            if np.isfinite(limit).any():
-                layout["annotations"].append(_inside(name, float(limit[np.isfinite(limit)][0]), yaxis))
     line = _LINE | {"x": x, "yaxis": yaxis}
     if (amax_high > amax_low).any():
         traces.append(line | {"y": _f4(amax_low), "line": {"width": 0}, "hoverinfo": "skip"})
@@ -308,12 +309,6 @@ def _band(
     traces.append(_LINE | axis | {"x": x, "y": _f4(high if worst is None else worst), "line": line, "about": about})
 
 
-def _inside(name: str, y: float, yaxis: str) -> dict[str, Any]:
-    """A word at the left end of a line of the window, above it."""
-    at = {"xref": "paper", "x": 0, "xanchor": "left", "yref": yaxis, "y": y, "yanchor": "bottom"}
-    return {"text": name, **at, "xshift": 4, "showarrow": False, "font": {"size": 10, "color": "$muted"}}
-
-
 def _exponents(ticks: list[int]) -> dict[str, Any]:
     """Ticks at powers of two, written as such."""
     return {"tickmode": "array", "tickvals": ticks, "ticktext": [text.exp2(tick) for tick in ticks]}
@@ -329,8 +324,8 @@ def _range(low: Floats, high: Floats, *, least: float) -> tuple[float, float]:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """Room for a line of text above and the marks of scale changes below."""
-    return low - 0.05 * (high - low) - 0.8, high + 0.06 * (high - low) + 0.3
+    """A little room above, and room for the marks of scale changes below."""
+    return low - 0.05 * (high - low) - 0.8, high + 0.03 * (high - low) + 0.2
 
 
 def _powers(low: float, high: float, most: int) -> list[int]:
