@@ -24,5 +24,14 @@ done
     echo "# Made by \`make lock\` (tests/lock.sh) from requirements.in with $("$python" --version), $(date +%Y-%m-%d): do not edit."
     "${pip[@]}" freeze --all --exclude pip --exclude-editable | sed -E 's/^([^=]+==[^+]+)\+.*/\1/'
 } >"$work/requirements.lock"
+
+# This machine may have wheels of its own, such as a torch without CUDA; others take theirs from the public index,
+# where the same version can ask for other versions beside it.
+echo "checking that the public index can serve it too ..."
+env -u PIP_FIND_LINKS -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
+    "${pip[@]}" install --dry-run --ignore-installed --requirement "$work/requirements.lock" || {
+    echo "requirements.lock is left as it was: change requirements.in so that both resolve" >&2
+    exit 1
+}
 cp "$work/requirements.lock" "$root/requirements.lock"
 echo "wrote requirements.lock: $(grep -c == "$root/requirements.lock") packages"
