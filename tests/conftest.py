@@ -1,4 +1,4 @@
-"""Fixtures for all tests: programs that may be missing, and a PostgreSQL of our own.
+"""Fixtures for all tests: programs that may be missing, programs of ours, and a PostgreSQL of our own.
 
 A test that needs a program asks `require_binary("promtool")`: where the program is missing the test is skipped and
 says how to get it. With FP8SCOPE_REQUIRE_ALL=1 it fails instead, so that CI cannot skip in silence.
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+from programs import Program
 
 OTHER_NAMES = {"alertmanager": ["prometheus-alertmanager"], "chromium": ["chromium-browser", "google-chrome"]}
 
@@ -184,3 +186,18 @@ def _answers(server: PostgresServer, *, timeout_s: float) -> bool:
         else:
             return True
     return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Starts `python COMMAND...`; whatever still runs at the end of the test is ended."""
+    started: list[Program] = []
+
+    def start(*command: str | Path, log: str = "out") -> Program:
+        program = Program([str(part) for part in command], tmp_path / f"{log}-{len(started)}.log")
+        started.append(program)
+        return program
+
+    yield start
+    for program in started:
+        program.stop()

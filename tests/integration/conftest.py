@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from programs import FP8SCOPE, Program
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
-    """Starts `python COMMAND...`; whatever still runs at the end of the test is ended."""
-    started: list[Program] = []
-
-    def start(*command: str | Path, log: str = "out") -> Program:
-        program = Program([str(part) for part in command], tmp_path / f"{log}-{len(started)}.log")
-        started.append(program)
-        return program
-
-    yield start
-    for program in started:
-        program.kill()
 
 
 @pytest.fixture

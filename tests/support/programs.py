@@ -55,10 +55,20 @@ class Program:
     def wait(self, within_s: float) -> int:
         return self.process.wait(within_s)
 
-    def kill(self, sig: int = signal.SIGKILL) -> None:
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        self.process.kill()
+        self.process.wait(20)
+
+    def stop(self, sig: int = signal.SIGTERM, within_s: float = 15) -> int:
+        """Asks the program to end and returns its exit code; ends it by force when it does not."""
         if self.process.poll() is None:
             self.process.send_signal(sig)
-        self.process.wait(20)
+            try:
+                self.process.wait(within_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return int(self.process.returncode)
 
 
 def stored_rows(database: str, run: str) -> int:

@@ -1,0 +1,80 @@
+"""The README's promise in a browser: the demo's training appears, grows without a click, and leads to a tensor.
+
+With FP8SCOPE_SCREENSHOTS=FOLDER the demo runs with its default model, and the pictures that the test looks at are
+written there: that is how docs/images/ is made.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from programs import SMALL_MODEL, Program
+
+SCREENSHOTS = os.environ.get("FP8SCOPE_SCREENSHOTS")
+PATIENCE_MS = 60_000
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --no-first-run"
+
+
+@pytest.fixture
+def page(require_binary: Callable[[str], Path]) -> Iterator[Page]:
+    """A tab 1400 pixels wide in a new profile of Debian's Chromium."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=require_binary("chromium"), args=FLAGS.split())
+        tab = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+        tab.set_default_timeout(PATIENCE_MS)
+        yield tab
+        browser.close()
+
+
+@pytest.mark.timeout(1500 if SCREENSHOTS else 300)
+def test_the_demo_is_seen_live_and_leads_to_a_tensor(
+    page: Page, tmp_path: Path, free_port: Callable[[], int], start: Callable[..., Program]
+) -> None:
+    pictures = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
+    steps, size = (150, []) if SCREENSHOTS else (400, SMALL_MODEL)
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+
+    demo = start(
+        *("examples/demo.py", "--dir", tmp_path / "demo", "--listen", f"127.0.0.1:{free_port()}"),
+        *("--steps", str(steps), "--validate-every", "0", *size),
+    )
+    page.goto(demo.wait_for(r"dashboard +(http://\S+)")[1])
+    demo.wait_for(r"step \d+/")
+    page.get_by_role("link", name=re.compile("gpt-fp8")).first.click()
+
+    chart = page.locator("[data-columns]").first
+    page.wait_for_function("() => Number(document.querySelector('[data-columns]')?.dataset.columns) >= 5")
+    seen = int(chart.get_attribute("data-columns") or 0)
+    page.wait_for_function(f"() => Number(document.querySelector('[data-columns]').dataset.columns) > {seen + 5}")
+    expect(page.get_by_text("running").first).to_be_visible()
+    if SCREENSHOTS:
+        demo.wait_for(r"stays up", within_s=1200)
+        page.wait_for_function(f"() => Number(document.querySelector('[data-columns]').dataset.columns) >= {steps}")
+    page.screenshot(path=pictures / "run.png", full_page=True)
+
+    heat_map = page.locator("[data-columns] .nsewdrag").last
+    box = heat_map.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_url(re.compile(r"layer=blocks"))
+    expect(page.get_by_text("headroom").first).to_be_visible()
+    page.wait_for_function("() => document.querySelectorAll('.fs-plot .scatterlayer .trace').length > 0")
+    page.screenshot(path=pictures / "tensor.png", full_page=True)
+    page.go_back()
+    page.wait_for_function("() => !location.search.includes('layer=')")
+
+    assert not errors, errors
+    assert png_width(pictures / "run.png") == 1400
+
+
+def png_width(path: Path) -> int:
+    """Pixels, from the header."""
+    return int.from_bytes(path.read_bytes()[16:20], "big")
