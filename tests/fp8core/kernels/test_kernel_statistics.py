@@ -143,7 +143,7 @@ def test_threads_that_write_to_one_row_lose_nothing(kernels, new_words):
     scale, slot = torch.tensor(8.0), torch.tensor(0)
 
     def write():
-        for _ in range(20_000):
+        for _ in range(10_000):
             kernels.module.cast(x, scale, E4M3FN, words=words, slot=slot)
 
     writers = [threading.Thread(target=write) for _ in range(4)]
@@ -153,5 +153,5 @@ def test_threads_that_write_to_one_row_lose_nothing(kernels, new_words):
         writer.join()
 
     row = decode_arena(words.numpy()).columns
-    assert words[0, 0] == 80_000
-    assert row["numel"].item() == 8 * 80_000
+    assert words[0, 0] == 40_000
+    assert row["numel"].item() == 8 * 40_000

@@ -87,17 +87,20 @@ SCALAR = {"ld.global.b32", "st.global.b64"}  # the scale, and a program's totals
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stats"),
-    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, True)],
-    ids=["bf16", "bf16-statistics", "fp16-statistics", "fp32-statistics"],
+    ("transpose", "dtype", "stats"),
+    [
+        (False, torch.bfloat16, False),
+        (False, torch.bfloat16, True),
+        (False, torch.float32, True),
+        (True, torch.bfloat16, True),
+        (True, torch.float16, True),
+        (True, torch.float32, True),
+    ],
 )
-@pytest.mark.parametrize("transpose", [False, True], ids=["cast", "cast_transpose"])
-def test_a_cast_spills_nothing_and_moves_16_bytes_at_a_time(dtype, stats, transpose, tmp_path):
-    constants = cast_constants(E4M3FN, dtype, stats)
-    if transpose:
-        compiled = compile_for_hopper(jit.cast_transpose_kernel, constants | TILE, launchers._OPTIONS, dtype=dtype)
-    else:
-        compiled = compile_for_hopper(jit.cast_kernel, constants | {"BLOCK": BLOCK}, launchers._OPTIONS, dtype=dtype)
+def test_a_cast_spills_nothing_and_moves_16_bytes_at_a_time(transpose, dtype, stats, tmp_path):
+    kernel, block = (jit.cast_transpose_kernel, TILE) if transpose else (jit.cast_kernel, {"BLOCK": BLOCK})
+
+    compiled = compile_for_hopper(kernel, cast_constants(E4M3FN, dtype, stats) | block, launchers._OPTIONS, dtype=dtype)
 
     assert stack_bytes(compiled, tmp_path) == 0
     assert accesses(compiled) - SCALAR == WIDE
@@ -107,13 +110,10 @@ def test_a_cast_spills_nothing_and_moves_16_bytes_at_a_time(dtype, stats, transp
     assert not re.search(r"F(ADD|MUL)\S*\.FTZ", instructions), "subnormals are flushed"
 
 
-@pytest.mark.parametrize("transpose", [False, True], ids=["cast", "cast_transpose"])
-def test_the_hardware_conversion_is_the_saturating_one(transpose, tmp_path):
+def test_the_hardware_conversion_is_the_saturating_one(tmp_path):
     constants = cast_constants(E4M3FN, torch.bfloat16, True, hw_cast=True)
-    if transpose:
-        compiled = compile_for_hopper(jit.cast_transpose_kernel, constants | TILE, launchers._OPTIONS)
-    else:
-        compiled = compile_for_hopper(jit.cast_kernel, constants | {"BLOCK": BLOCK}, launchers._OPTIONS)
+
+    compiled = compile_for_hopper(jit.cast_transpose_kernel, constants | TILE, launchers._OPTIONS)
 
     assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]
     assert stack_bytes(compiled, tmp_path) == 0
@@ -135,15 +135,15 @@ def test_the_other_kernels_spill_nothing_and_merge_by_64_bit_atomics(tmp_path):
     assert not re.search(r"(?:red|atom)\.global", overwrite.asm["ptx"])
 
 
-@pytest.mark.parametrize("ones", [{}, {"iterations": 1, "n": 1, "rows": 1, "columns": 1}], ids=["odd", "one"])
-@pytest.mark.parametrize("transpose", [False, True], ids=["cast", "cast_transpose"])
+@pytest.mark.parametrize(
+    ("transpose", "ones"), [(False, {}), (True, {}), (True, {"iterations": 1, "rows": 1, "columns": 1})]
+)
 def test_odd_addresses_and_sizes_compile_and_so_do_sizes_of_one_which_triton_makes_constants(transpose, ones):
     kernel = jit.cast_transpose_kernel if transpose else jit.cast_kernel
     block = TILE if transpose else {"BLOCK": BLOCK}
-    constants = {name: value for name, value in ones.items() if name in kernel.arg_names}
 
     compile_for_hopper(
-        kernel, cast_constants(E5M2FNUZ, torch.bfloat16, True) | block | constants, launchers._OPTIONS, aligned=False
+        kernel, cast_constants(E5M2FNUZ, torch.bfloat16, True) | block | ones, launchers._OPTIONS, aligned=False
     )
 
 
