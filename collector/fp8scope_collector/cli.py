@@ -1,4 +1,4 @@
-"""The command `fp8scope`: run a collector, list runs, export one, open the dashboard.
+"""The command `fp8scope`: run a collector, list runs, export one, open the dashboard, hand out tokens.
 
 Each option can be given by an environment variable too. What a user can cause ends in one sentence and exit code 1.
 Each command imports what it needs itself: a collector starts without Arrow, a list of runs without gRPC.
@@ -14,15 +14,18 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Literal
 
 import sqlalchemy as sa
 import structlog
 import typer
 
+from fp8scope_collector import token_cli
 from fp8scope_collector.config import ConfigError, parse_address, serve_config
 from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
 from fp8scope_collector.storage.readmodels import RunNotFound, RunSummary
+from fp8scope_collector.storage.tokens import TokenError
 
 app = typer.Typer(
     help="Watches FP8 training: stores what agents send, exports it, shows it.",
@@ -30,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(token_cli.app, name="token")
 
 Database = Annotated[
     str, typer.Option("--db", envvar="FP8SCOPE_DB", help="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE")
@@ -51,7 +55,7 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}")
     except sa.exc.DBAPIError as error:
         _fail(f"the database failed: {' '.join(str(error.orig).split())}")
-    except (StorageError, ConfigError, RunNotFound) as error:
+    except (StorageError, ConfigError, RunNotFound, TokenError) as error:
         _fail(str(error))
 
 
@@ -86,19 +90,52 @@ def serve(
     metrics: Annotated[
         str, typer.Option(envvar="FP8SCOPE_METRICS", metavar="HOST:PORT", help="Where /metrics and /healthz are.")
     ] = "127.0.0.1:9464",
+    auth: Annotated[
+        Literal["tokens", "none"] | None,
+        typer.Option(
+            envvar="FP8SCOPE_AUTH",
+            help="Whether agents have to show a token; else only where other machines reach --grpc without --insecure.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="FP8SCOPE_TLS_CERT", help="PEM: the server's certificate and its chain.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(envvar="FP8SCOPE_TLS_KEY", help="PEM: the private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(envvar="FP8SCOPE_TLS_CLIENT_CA", help="PEM: agents need a certificate signed by this one."),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
             "--insecure",
             envvar="FP8SCOPE_INSECURE",
-            help="Allow other addresses than this machine's own, without TLS or tokens: for a private network.",
+            help="Let other machines reach it without TLS and tokens: for a private network.",
+        ),
+    ] = False,
+    insecure_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-metrics",
+            envvar="FP8SCOPE_INSECURE_METRICS",
+            help="The same for --metrics only.",
         ),
     ] = False,
 ) -> None:
     """Run a collector: take what agents send and store it durably."""
     from fp8scope_collector.server import serve as run_server
 
-    config = serve_config(db=db, grpc=grpc, metrics=metrics, insecure=insecure)
+    config = serve_config(
+        db=db,
+        grpc=grpc,
+        metrics=metrics,
+        auth=auth,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure,
+        insecure_metrics=insecure_metrics,
+    )
     _log_to_stderr()
     asyncio.run(run_server(config, lambda line: print(line, flush=True)))
 
@@ -134,6 +171,19 @@ def export(
     if not rows:
         raise ConfigError(f"run {run!r} has no rows; nothing was written")
     print(f"{rows:,} rows of {run} written to {'standard output' if out == '-' else out}", file=sys.stderr)
+
+
+@app.command()
+def diagnose(
+    run: Run,
+    db: Database = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of text.")] = False,
+) -> None:
+    """Say what goes wrong in a run: which tensor, since when, why, and what to do; worst first."""
+    from fp8scope_collector.diagnosis.command import diagnosis_of
+
+    for line in diagnosis_of(db, run, as_json=as_json):
+        typer.echo(line)
 
 
 @app.command()

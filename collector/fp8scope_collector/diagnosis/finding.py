@@ -1,0 +1,152 @@
+"""What a rule says: `Finding`, a stretch of rows of one tensor in which something was wrong; and how rules make them.
+
+A rule marks rows, `findings` makes stretches of the marked rows, `merged` joins two stretches of one tensor. Joining is
+associative, so that the engine gets the same episodes however the run was cut.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8scope_collector.diagnosis.thresholds import GAP_ROWS
+from fp8scope_collector.diagnosis.window import Bools, Floats, Ints, Window
+from fp8scope_collector.storage.readmodels import Slot
+
+
+class Severity(enum.IntEnum):
+    """How bad: info is worth knowing, a warning costs precision or data, critical breaks the training."""
+
+    INFO = 1
+    WARNING = 2
+    CRITICAL = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Rows of one tensor (of the whole run where `slot` is None) in which a rule found something.
+
+    `first_row` and `last_row` count recorded steps from the run's start, `rows` those of them (of each rank) that were
+    marked. `numbers` and `note` are of the worst row, `worst` says how bad it was in a unit of the rule's own.
+    `opens` is False for rows that go on with what an earlier finding began but would not begin one.
+    """
+
+    rule: str
+    severity: Severity
+    slot: Slot | None
+    ranks: tuple[int, ...]
+    first_step: int
+    last_step: int
+    first_row: int
+    last_row: int
+    rows: int
+    worst: float
+    worst_step: int
+    numbers: Mapping[str, float]
+    note: str = ""
+    opens: bool = True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: its name for ever, what it says to people, and the function that looks.
+
+    `evidence` is a format string over `Finding.numbers`. `remedies` are by recipe, with "" for the others; they may
+    name {layer} and {role}.
+    """
+
+    name: str
+    says: str
+    cause: str
+    remedies: Mapping[str, str]
+    evidence: str
+    check: Callable[[Window], Iterable[Finding]] = field(repr=False)
+
+    def remedy(self, slot: Slot | None) -> str:
+        """What to do about it for this tensor."""
+        recipe = slot.recipe.partition("(")[0] if slot else ""
+        text = self.remedies.get(recipe, self.remedies[""])
+        return text.format(layer=slot.layer if slot else "", role=slot.role if slot else "")
+
+
+def findings(
+    window: Window,
+    rule: str,
+    bad: Bools,
+    worst: Floats,
+    *,
+    severity: Severity | npt.NDArray[np.int_] = Severity.WARNING,
+    still: Bools | None = None,
+    numbers: Mapping[str, Floats] | None = None,
+    note: Callable[[int, int], str] = lambda step, slot: "",
+    of_run: bool = False,
+) -> Iterator[Finding]:
+    """A finding for each stretch of marked rows from `window.fresh` on.
+
+    Arrays are [ranks, steps, slots]. A first axis of one entry is about all ranks together; with `of_run` the last axis
+    has one entry, and the finding names no tensor. `severity` may differ by row: an episode has its worst. `still`
+    marks rows that go on with an episode without beginning one.
+    `note(step index, slot index)` describes the worst row.
+    """
+    bad = bad[:, window.fresh :]
+    active = bad if still is None else bad | still[:, window.fresh :]
+
+    levels = np.broadcast_to(np.asarray(severity), worst.shape)
+
+    def finding(rank: int, slot: int, part: Ints, opening: Ints) -> Finding:
+        begun = opening.size > 0
+        first, last = window.fresh + int(part[0]), window.fresh + int(part[-1])
+        at = window.fresh + int(opening[np.argmax(worst[rank, window.fresh + opening, slot])]) if begun else first
+        return Finding(
+            rule=rule,
+            severity=Severity(levels[rank, window.fresh + opening, slot].max()) if begun else Severity.INFO,
+            slot=None if of_run else window.slots[slot],
+            ranks=window.ranks if bad.shape[0] != len(window.ranks) else (window.ranks[rank],),
+            first_step=int(window.steps[first]),
+            last_step=int(window.steps[last]),
+            first_row=window.first_row + first,
+            last_row=window.first_row + last,
+            rows=int(part.size),
+            worst=float(worst[rank, at, slot]) if begun else -math.inf,
+            worst_step=int(window.steps[at]),
+            numbers={name: float(values[rank, at, slot]) for name, values in (numbers or {}).items()} if begun else {},
+            note=note(at, slot) if begun else "",
+            opens=begun,
+        )
+
+    for rank, slot in zip(*np.nonzero(active.any(axis=1)), strict=True):
+        marked = np.flatnonzero(active[rank, :, slot])
+        for stretch in np.split(marked, np.flatnonzero(np.diff(marked) > GAP_ROWS) + 1):
+            opening = stretch[bad[rank, stretch, slot]]
+            begin = int(np.searchsorted(stretch, opening[0])) if opening.size else stretch.size
+            if begin:
+                yield finding(rank, slot, stretch[:begin], opening[:0])
+            if opening.size:
+                yield finding(rank, slot, stretch[begin:], opening)
+
+
+def merged(earlier: Finding, later: Finding) -> Finding:
+    """Two findings of one rule and tensor as one; of equally bad rows the earlier step's is told."""
+    one, other = (earlier, later) if earlier.first_row <= later.first_row else (later, earlier)
+    worst = max(one, other, key=lambda finding: (finding.worst, -finding.worst_step))
+    return replace(
+        one,
+        severity=max(one.severity, other.severity),
+        ranks=tuple(sorted({*one.ranks, *other.ranks})),
+        last_step=max(one.last_step, other.last_step),
+        last_row=max(one.last_row, other.last_row),
+        rows=one.rows + other.rows,
+        worst=worst.worst,
+        worst_step=worst.worst_step,
+        numbers=worst.numbers,
+        note=worst.note,
+        opens=one.opens or other.opens,
+    )

@@ -1,0 +1,56 @@
+"""The rows before each row: shifts, counts, extremes and means along axis 1 of [ranks, steps, slots], NaN left out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fp8scope_collector.diagnosis.window import Bools, Floats, Ints
+
+
+def before(values: Floats, rows: int) -> Floats:
+    """`values` as they were `rows` rows earlier; NaN where there was no row yet."""
+    shifted = np.full_like(values, np.nan)
+    shifted[:, rows:] = values[:, : max(values.shape[1] - rows, 0)]
+    return shifted
+
+
+def counted(marks: Bools, rows: int) -> Ints:
+    """How many of the last `rows` rows are marked, each row's own included."""
+    total = np.cumsum(marks, axis=1, dtype=np.int64)
+    total[:, rows:] -= total[:, :-rows].copy()
+    return total
+
+
+def all_of_last(marks: Bools, rows: int) -> Bools:
+    """Whether the last `rows` rows are all marked."""
+    every: Bools = counted(marks, rows) == rows
+    return every
+
+
+def largest(values: Floats, rows: int) -> Floats:
+    """The largest of the last `rows` rows, a power of two."""
+    reach = 1
+    while reach < rows:
+        values = np.fmax(values, before(values, reach))
+        reach *= 2
+    assert reach == rows
+    return values
+
+
+def smallest(values: Floats, rows: int) -> Floats:
+    """The smallest of the last `rows` rows, a power of two."""
+    return -largest(-values, rows)
+
+
+def mean(values: Floats, rows: int, *, at_least: int) -> Floats:
+    """The mean of the last `rows` rows; NaN where fewer than `at_least` have a value.
+
+    Rows are added in the same order wherever a window begins, so that the mean is the same to the last bit.
+    """
+    total, count = np.zeros_like(values), np.zeros_like(values)
+    for back in range(rows):
+        shifted = before(values, back) if back else values
+        known = ~np.isnan(shifted)
+        total += np.where(known, shifted, 0.0)
+        count += known
+    return np.where(count >= at_least, total / np.maximum(count, 1), np.nan)

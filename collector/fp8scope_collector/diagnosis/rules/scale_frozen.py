@@ -1,0 +1,72 @@
+"""scale-frozen: the scale does not follow its tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fp8core.recipes import AmaxScaling, CurrentScaling, DelayedScaling
+from fp8core.records import Role
+from fp8scope_collector.diagnosis import thresholds as at
+from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
+from fp8scope_collector.diagnosis.rolling import all_of_last, before
+from fp8scope_collector.diagnosis.window import Bools, Floats, Window
+
+
+def check(window: Window) -> Iterator[Finding]:
+    """Rows whose scale stayed although the recipe would have moved it, four in a row.
+
+    Just-in-time scaling: the headroom is more than a bit from what the recipe leaves. Delayed scaling: the scale is 1
+    as at the start though the tensor is elsewhere, or it does not allow for the amax of the row before, which is in the
+    history. A scale that stays too low under delayed scaling is the rule history-pinned's.
+    Trust: exact arithmetic of the recipe; with rows that are further apart than a sixteenth of the history the delayed
+    half is not judged. Source: Transformer Engine issue 3284 (a scale that stayed 1 from the start).
+    """
+    scale, amax = window["scale_min"], window["amax"]
+    with np.errstate(invalid="ignore"):
+        same = (scale == before(scale, 1)) & (scale == window["scale_max"])
+    excess = window.headroom - window.margins
+    off = np.abs(np.where(excess > 0, np.maximum(excess - at.FROZEN_BITS, 0), excess)) > at.FROZEN_BITS
+    stale = same & off & window.under(AmaxScaling, CurrentScaling) & ~_clamped(window)
+    initial = (scale == 1) & off & window.under(DelayedScaling) & (window.age >= 1)
+    bad = all_of_last(stale | initial, at.FROZEN_ROWS) | all_of_last(same & _unheeded(window, amax), at.FROZEN_ROWS)
+    still = stale | initial | (same & _unheeded(window, amax))
+    worst = np.abs(np.nan_to_num(excess))
+    numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom}
+    yield from findings(window, RULE.name, bad, worst, severity=Severity.CRITICAL, still=still, numbers=numbers)
+
+
+def _unheeded(window: Window, amax: Floats) -> Bools:
+    """Whether the scale is higher than the amax of the row before allows under delayed scaling."""
+    remembered = np.array([r.history_len if isinstance(r, DelayedScaling) else 0 for r in window.recipes])
+    distance = np.diff(window.steps, prepend=window.steps[:1])[None, :, None]
+    tolerance = np.full(len(window.slots), at.REACTION)
+    if len(window.ranks) > 1:
+        tolerance[~window.of_role(Role.WEIGHT)] = at.REACTION_OF_RANKS
+    with np.errstate(invalid="ignore", divide="ignore"):
+        allowed = window.largest * 2.0**-window.margins / window["scale_min"]
+        higher: Bools = before(amax, 1) > allowed * tolerance
+    return higher & (remembered >= 16 * distance)
+
+
+def _clamped(window: Window) -> Bools:
+    clamp = np.array([r.clamp if isinstance(r, AmaxScaling) else 127 for r in window.recipes])
+    at_clamp: Bools = np.abs(window.scale_exp2) >= clamp
+    return at_clamp
+
+
+RULE = Rule(
+    name="scale-frozen",
+    says="the scale stays although the tensor moved",
+    cause="The scale's state is not updated: a module that is not in training mode, a compiled graph or a wrapper that "
+    "dropped the update, buffers restored from a checkpoint in each step, or a history that belongs to another tensor.",
+    remedies={
+        "DelayedScaling": "Check that the module is in training mode and that its buffer fp8_state_{role} changes from "
+        "step to step. Until that is found, scale just in time: "
+        "convert_to_fp8(..., overrides=[Override('{layer}', role='{role}', recipe=CurrentScaling())]).",
+        "": "Just-in-time scaling has no state: the recorded scale is not of this tensor. Check what writes this slot.",
+    },
+    evidence="scale 2^{scale_exp2:.1f} unchanged, headroom {headroom:+.1f} bits",
+    check=check,
+)

@@ -1,0 +1,155 @@
+"""Reads a stored run as windows: all ranks, in pieces whose size bounds the memory, one process life after another.
+
+Steps that a resumed life rewrote are its (docs/adr/0040), and each life is judged by its own recipes. Of a run that is
+still going on, only steps that all its ranks have passed are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import sqlalchemy as sa
+
+from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, Floats, Ints, ScalarSeries, Window
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.engine import open_engine
+from fp8scope_collector.storage.history import Life, Span, history, owned_spans, steps_of
+from fp8scope_collector.storage.reader import Reader, RunSummary
+from fp8scope_collector.storage.readmodels import Slot
+
+PIECE_ROWS = 512
+PIECE_CELLS = PIECE_ROWS * 1680  # of all ranks: 70 MB of float64 fields
+_FETCHED_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run in a database, to be read as `pieces`."""
+
+    summary: RunSummary
+    engine: sa.Engine
+    slots: tuple[Slot, ...]
+    last_step: int
+
+    def pieces(self, *, piece_rows: int | None = None) -> Iterator[Window]:
+        """The run's rows as consecutive windows without context."""
+        with self.engine.connect() as connection:
+            lives = self._lives(connection)
+            spans = owned_spans(lives, last_step=self.last_step)
+            if not spans or not self.slots:
+                return
+            rank_of = {life.source_id: life.rank for life in lives}
+            ranks = tuple(sorted({rank_of[span.source_id] for span in spans}))
+            fit = PIECE_CELLS // (len(ranks) * len(self.slots))
+            rows = piece_rows or max(LOOKBACK // 4, min(PIECE_ROWS, fit))
+            first_row, after = 0, -1
+            walked = self._steps(connection, spans)
+            for incarnation, group in groupby(walked, key=lambda step: step[1]):
+                steps = np.array([step for step, _ in group], dtype=np.int64)
+                slots = self._slots_of(connection, incarnation)
+                life_row = first_row
+                for start in range(0, steps.size, rows):
+                    part = steps[start : start + rows]
+                    piece = Window(
+                        steps=part,
+                        ranks=ranks,
+                        slots=slots,
+                        fields=self._fields(connection, spans, rank_of, ranks, part),
+                        scalars=self._scalars(connection, lives, after, int(part[-1])),
+                        first_row=first_row,
+                        life_row=life_row,
+                    )
+                    yield piece
+                    first_row, after = first_row + part.size, int(part[-1])
+
+    def _lives(self, connection: sa.Connection) -> list[Life]:
+        source, stats = schema.source.c, schema.stats.c
+        ends = [
+            sa.select(end(stats.step)).where(stats.source_id == source.id).scalar_subquery()
+            for end in (sa.func.min, sa.func.max)
+        ]
+        query = sa.select(source.id, source.rank, source.incarnation, *ends).where(source.run_id == self.summary.id)
+        rows = connection.execute(query.order_by(source.incarnation, source.rank)).all()
+        return [Life(*row) for row in rows if row[3] is not None]
+
+    def _steps(self, connection: sa.Connection, spans: list[Span]) -> list[tuple[int, int]]:
+        """The recorded steps, ascending, each with the newest incarnation that a rank recorded it in."""
+        walk = steps_of(schema.stats, history(spans, {span.incarnation: span.incarnation for span in spans}))
+        query = sa.select(walk.c.step, sa.func.max(walk.c.epoch)).where(walk.c.step <= walk.c.last_step)
+        rows = connection.execute(query.group_by(walk.c.step).order_by(walk.c.step)).all()
+        return [(int(step), int(incarnation)) for step, incarnation in rows]
+
+    def _slots_of(self, connection: sa.Connection, incarnation: int) -> tuple[Slot, ...]:
+        """The slots as this incarnation quantised them."""
+        recipe = schema.slot_recipe.c
+        query = sa.select(recipe.slot, recipe.format, recipe.recipe, recipe.margin)
+        query = query.where(recipe.run_id == self.summary.id, recipe.incarnation == incarnation)
+        known = {row.slot: row for row in connection.execute(query)}
+        return tuple(
+            replace(slot, format=row.format, recipe=row.recipe, margin=row.margin) if row else slot
+            for slot in self.slots
+            for row in [known.get(slot.slot)]
+        )
+
+    def _fields(
+        self,
+        connection: sa.Connection,
+        spans: list[Span],
+        rank_of: Mapping[int, int],
+        ranks: tuple[int, ...],
+        steps: Ints,
+    ) -> dict[str, Floats]:
+        stats = schema.stats.c
+        shape = (len(ranks), steps.size, len(self.slots))
+        fields: dict[str, Floats] = {name: np.full(shape, np.nan) for name in FIELDS_READ}
+        numbers = np.array([slot.slot for slot in self.slots])
+        columns = [stats.step, stats.slot, *(stats[name] for name in FIELDS_READ)]
+        for span in spans:
+            first, last = max(span.first_step, int(steps[0])), min(span.last_step, int(steps[-1]))
+            if first > last:
+                continue
+            rank = ranks.index(rank_of[span.source_id])
+            query = sa.select(*columns).where(stats.source_id == span.source_id, stats.step.between(first, last))
+            with connection.execution_options(stream_results=True).execute(query) as result:
+                for chunk in result.partitions(_FETCHED_ROWS):
+                    step, slot, *values = zip(*chunk, strict=True)
+                    at = (rank, np.searchsorted(steps, step), np.searchsorted(numbers, slot))
+                    for name, column in zip(FIELDS_READ, values, strict=True):
+                        fields[name][at] = np.array(column, dtype=np.float64)
+        return fields
+
+    def _scalars(self, connection: sa.Connection, lives: list[Life], after: int, last: int) -> dict[str, ScalarSeries]:
+        """The lowest rank's scalars of the steps in (after, last]; a rewritten step's are the newest life's."""
+        scalar = schema.scalar.c
+        lowest = min(life.rank for life in lives)
+        points: dict[str, dict[int, float]] = {}
+        for life in lives:
+            if life.rank == lowest:
+                query = sa.select(scalar.name, scalar.step, scalar.value).where(
+                    scalar.source_id == life.source_id, scalar.step > after, scalar.step <= last
+                )
+                for name, step, value in connection.execute(query.order_by(scalar.name, scalar.step)):
+                    points.setdefault(name, {})[step] = np.nan if value is None else value
+        return {
+            name: ScalarSeries(
+                np.array(sorted(by_step), dtype=np.int64), np.array([by_step[s] for s in sorted(by_step)])
+            )
+            for name, by_step in points.items()
+        }
+
+
+def open_run(url: str, ref: str) -> StoredRun:
+    """The run called `ref` in the database `url`.
+
+    Raises:
+        StorageError: the database is missing, empty, unreachable or of another version.
+        RunNotFound: no run, or more than one, is called so.
+    """
+    reader = Reader(url)
+    summary = reader.run(ref)
+    progress = reader.progress(summary.id)
+    last_step = progress.settled_step if progress else -1
+    return StoredRun(summary, open_engine(url, read_only=True), tuple(reader.slots(summary.id)), last_step)
