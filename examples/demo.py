@@ -83,7 +83,8 @@ def demo(args: argparse.Namespace, training_options: list[str], stack: contextli
     result_file.unlink(missing_ok=True)
     command = [str(HERE / "train_gpt.py"), *training_options, "--result", str(result_file)]
     command += ["--collector", ready["grpc"], "--spool-dir", str(directory / "spool")]
-    training = stack.enter_context(child("training", command, {}, directory, show=True))
+    # a sender is of no use without this collector
+    training = stack.enter_context(child("training", command, {"FP8SCOPE_LINGER_S": "2"}, directory, show=True))
     code = training.wait(watching=[collector])
     if code != 0:
         raise DemoError(f"training ended with code {code}; its output is above")
@@ -235,8 +236,8 @@ class Child:
                 with self._changed:
                     self._lines = [*self._lines[-200:], line.rstrip()]
                     self._changed.notify_all()
-                if re.search(r"\b(warning|error|critical)\b", line, re.IGNORECASE):
-                    print(f"{self.name}: {line.rstrip()}", file=sys.stderr)
+                if complaint := _complaint(line):
+                    print(f"{self.name}: {complaint}", file=sys.stderr)
                 with contextlib.suppress(OSError):  # a full disk must not stop the reading
                     log.write(line)
                     log.flush()
@@ -251,6 +252,18 @@ def child(
         yield started
     finally:
         started.stop(STOP_WITHIN_S / 3)
+
+
+def _complaint(line: str) -> str:
+    """What a line of a log says to a person, or nothing: the collector's log is JSON, one event a line."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return line.strip() if re.search(r"\b(warning|error)\b", line, re.IGNORECASE) else ""
+    if not isinstance(event, dict) or event.get("level") not in ("warning", "error", "critical"):
+        return ""
+    detail = event.get("error")
+    return f"{event.get('event')}: {detail}" if detail else str(event.get("event"))
 
 
 def _die_with_parent() -> None:

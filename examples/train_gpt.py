@@ -327,7 +327,11 @@ def main(argv: list[str] | None = None) -> int:
         f"validation loss {result.validation_loss:.4f}"
     )
     if args.result:
-        args.result.write_text(json.dumps(asdict(result)))
+        try:
+            args.result.write_text(json.dumps(asdict(result)))
+        except OSError as error:
+            print(f"cannot write {args.result}: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

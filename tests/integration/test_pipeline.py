@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -144,3 +146,39 @@ def test_a_taken_port_is_one_sentence_and_no_traceback(tmp_path: Path, start: Ca
     assert address in demo.output()
     assert "--listen" in demo.output()
     assert "Traceback" not in demo.output()
+
+
+def processes_about(folder: Path) -> list[str]:
+    """Command lines of the processes whose arguments or environment name `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            if str(folder).encode() in command + (process / "environ").read_bytes():
+                found.append(command.replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue  # it ended just now, or is another user's
+    return found
+
+
+@pytest.mark.parametrize("moment", ["while it trains", "while the dashboard stays up"])
+def test_interrupting_the_demo_ends_all_of_it(
+    moment: str, tmp_path: Path, start: Callable[..., Program], free_port: Callable[[], int]
+) -> None:
+    steps = 1000 if moment == "while it trains" else 3
+    demo = start(
+        *("examples/demo.py", "--dir", tmp_path / "demo", "--listen", f"127.0.0.1:{free_port()}"),
+        *("--steps", str(steps), "--validate-every", "0", *SMALL_MODEL),
+    )
+    demo.wait_for(r"loss \d" if moment == "while it trains" else r"stays up", within_s=120)
+    if moment == "while it trains":
+        demo.wait_for(r"rows sent [1-9]", within_s=120)
+
+    code = demo.stop(signal.SIGINT, within_s=20)
+
+    assert code == (130 if moment == "while it trains" else 0), demo.output()
+    assert "Traceback" not in demo.output()
+    deadline = time.monotonic() + 10
+    while (left := processes_about(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the sender sees that everything is sent
+    assert not left
