@@ -19,11 +19,12 @@ from fake_collector import FakeCollector
 def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One thread, and no setting of the machine's."""
     torch.set_num_threads(1)
-    for name in ("COLLECTOR", "TOKEN", "SPOOL_BYTES", "LINGER_S"):
+    for name in ("COLLECTOR", "TOKEN", "SPOOL_BYTES"):
         monkeypatch.delenv(f"FP8SCOPE_{name}", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("FP8SCOPE_SPOOL_DIR", str(tmp_path / "spool"))
+    monkeypatch.setenv("FP8SCOPE_LINGER_S", "3")  # a sender without a collector does not outlive its test for long
 
 
 @pytest.fixture
