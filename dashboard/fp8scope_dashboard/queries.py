@@ -81,7 +81,7 @@ def slots_of(run: RunSummary) -> list[Slot]:
     return slots(database_url(), run.id, run.incarnations)
 
 
-@st.cache_data(ttl=1.5, max_entries=64, show_spinner=False)
+@st.cache_data(ttl=600.0, max_entries=1000, show_spinner=False)  # a run that grows has other `rows`
 def worst(_url: str, run_id: int, rows: int) -> tuple[Worst, str] | None:
     """The tensor with the largest share of NaN and Inf in the newest steps, or of overflow; None: there is neither."""
     kinds: tuple[tuple[Quantity, str], ...] = (("nonfinite", "NaN or Inf"), ("overflow", "overflow"))

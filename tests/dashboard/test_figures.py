@@ -169,3 +169,20 @@ def test_shares_and_powers_read_as_people_say_them() -> None:
     assert [text.share(v) for v in (0.0, 0.004, 2e-6, 1.0)] == ["0", "0.4 %", "2 ppm", "100 %"]
     assert [text.exp2(v) for v in (-9.0, 0.5)] == ["2⁻⁹", "2^0.5"]
     assert [text.duration(s) for s in (3, 61, 7300, 90000)] == ["3 s", "1 min 1 s", "2 h 1 min", "1 d 1 h"]
+
+
+def test_a_curve_is_interrupted_where_nothing_was_recorded() -> None:
+    step = np.array([0, 1, 2, 3, 40, 41])
+
+    gaps = panels.gaps_of(step, step)
+    x, values = panels.with_gaps(step.astype(np.float64), np.arange(6.0), gaps)
+
+    assert x.tolist() == [0, 1, 2, 3, 3.5, 39.5, 40, 41]
+    np.testing.assert_array_equal(values, [0, 1, 2, 3, np.nan, np.nan, 4, 5])
+    assert panels.gaps_of(np.arange(0, 90, 10), np.arange(0, 90, 10)).size == 0
+
+
+def test_a_band_has_no_height_where_an_edge_is_missing() -> None:
+    low, high = panels.flat_where_missing(np.array([1.0, np.nan, 3.0]), np.array([2.0, np.nan, 4.0]))
+
+    np.testing.assert_array_equal(high - low, [1, 0, 1])

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, Quantity, Scalar, Slot
 from fp8scope_dashboard import text, theme
-from fp8scope_dashboard.charts.panels import Stack, layer_axis
+from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, layer_axis, with_gaps
 
 Matrix = npt.NDArray[np.float64]
 
@@ -75,7 +75,9 @@ def overview(
         low, high = stack.take(facet_px, 26 if i + 1 < len(roles) else 0)
         heat_top = high if i == 0 else heat_top
         chosen = [j for j, slot in enumerate(slots) if slot.role == role]
-        _add_facet(traces, layout, heatmap, [slots[j] for j in chosen], shown, chosen, number, (low, high), axis)
+        _add_facet(
+            traces, layout, heatmap, [slots[j] for j in chosen], shown, chosen, number, (low, high), axis, facet_px
+        )
         for boundary in boundaries:
             layout["shapes"].append(_boundary(boundary, number))
         heat_bottom = low
@@ -144,26 +146,27 @@ def _shares(quantity: Quantity, ratio: Matrix) -> Shown:
 def _add_scalar(
     traces: list[Any], layout: dict[str, Any], scalar: Scalar, number: int, domain: tuple[float, float]
 ) -> None:
-    mean = (scalar.low + scalar.high) / 2
-    band = {"type": "scatter", "mode": "lines", "xaxis": "x", "yaxis": _axis("y", number), "hoverinfo": "skip"}
-    x = (scalar.step + scalar.last) / 2
-    if (scalar.high > scalar.low).any():
-        filled = {"line": {"width": 0}, "connectgaps": False}
-        traces.append(band | filled | {"x": x, "y": scalar.low.astype(np.float32)})
-        traces.append(
-            band | filled | {"x": x, "y": scalar.high.astype(np.float32), "fill": "tonexty", "fillcolor": "$grid"}
-        )
+    gaps = gaps_of(scalar.step, scalar.last)
+    middle = (scalar.step + scalar.last) / 2
+    (x, low), (_, high) = with_gaps(middle, scalar.low, gaps), with_gaps(middle, scalar.high, gaps)
+    mean = (low + high) / 2
+    band = {"type": "scatter", "mode": "lines", "xaxis": "x", "yaxis": _axis("y", number), "hoverinfo": "skip", "x": x}
+    if (high > low).any():
+        bottom, top = flat_where_missing(low, high)
+        filled = {"line": {"width": 0}, "fillcolor": "$grid"}
+        traces.append(band | filled | {"y": bottom.astype(np.float32)})
+        traces.append(band | filled | {"y": top.astype(np.float32), "fill": "tonexty"})
     line = {"line": {"width": 1.3, "color": "$text"}, "hoverinfo": "none"}
     about = {"name": text.shorten(scalar.name, 24), "format": "number"}
-    traces.append(band | line | {"x": x, "y": mean.astype(np.float32), "about": about})
+    traces.append(band | line | {"y": mean.astype(np.float32), "about": about})
     if scalar.missing.any():
         nan = {
             "mode": "markers",
             "marker": {"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": "$critical"}},
         }
         there = np.flatnonzero(scalar.missing)
-        bottom = float(np.nanmin(scalar.low)) if np.isfinite(scalar.low).any() else 0.0
-        traces.append(band | nan | {"x": x[there], "y": np.full(there.size, bottom, np.float32)})
+        lowest = float(np.nanmin(scalar.low)) if np.isfinite(scalar.low).any() else 0.0
+        traces.append(band | nan | {"x": middle[there], "y": np.full(there.size, lowest, np.float32)})
     finite = mean[np.isfinite(mean)]
     spread = (float(np.nanmin(scalar.low)), float(np.nanmax(scalar.high))) if finite.size else (0.0, 1.0)
     pad = (spread[1] - spread[0]) * 0.08 or abs(spread[0]) * 0.1 or 1.0
@@ -187,6 +190,7 @@ def _add_facet(
     number: int,
     domain: tuple[float, float],
     axis: dict[str, Any],
+    height_px: float,
 ) -> None:
     quantity = heatmap.quantity
     exact = shown.exact[rows].astype(np.float32)
@@ -229,12 +233,10 @@ def _add_facet(
         "showgrid": False,
         "zeroline": False,
         "ticks": "",
-        "showline": True,
-        "linecolor": "$line",
     }
     layout["images"].append(
         {
-            "source": {"$theme": {name: _hatch(colors["hatch"]) for name, colors in theme.PALETTES.items()}},
+            "source": {"$theme": {name: _hatch(colors["hatch"], height_px) for name, colors in theme.PALETTES.items()}},
             "xref": "paper",
             "yref": "paper",
             "x": 0,
@@ -242,6 +244,8 @@ def _add_facet(
             "sizex": 1,
             "sizey": domain[1] - domain[0],
             "sizing": "fill",
+            "xanchor": "left",
+            "yanchor": "top",
             "layer": "below",
         }
     )
@@ -264,12 +268,13 @@ def _boundary(y: float, number: int) -> dict[str, Any]:
     }
 
 
-def _hatch(color: str) -> str:
-    """A data address of thin diagonal lines: where nothing is recorded."""
+def _hatch(color: str, height_px: float) -> str:
+    """A data address of diagonal lines: where nothing is recorded."""
+    size = f"width='1400' height='{height_px:.0f}'"
     pattern = (
-        "<svg xmlns='http://www.w3.org/2000/svg' width='2400' height='900'><defs><pattern id='h' width='6' height='6' "
-        "patternUnits='userSpaceOnUse' patternTransform='rotate(45)'><line x1='0' y1='0' x2='0' y2='6' "
-        f"stroke='{color}' stroke-width='1.6'/></pattern></defs><rect width='2400' height='900' fill='url(#h)'/></svg>"
+        f"<svg xmlns='http://www.w3.org/2000/svg' {size}><defs><pattern id='h' width='7' height='7' "
+        "patternUnits='userSpaceOnUse' patternTransform='rotate(45)'><line x1='0' y1='0' x2='0' y2='7' "
+        f"stroke='{color}' stroke-width='2.4'/></pattern></defs><rect {size} fill='url(#h)'/></svg>"
     )
     return "data:image/svg+xml," + pattern.replace("#", "%23").replace("<", "%3C").replace(">", "%3E")
 

@@ -13,6 +13,9 @@ import numpy.typing as npt
 from fp8scope_collector.storage.reader import Slot
 from fp8scope_dashboard import text
 
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
 CHARACTER_PX = 6.3
 _BLOCK = re.compile(r"(.*?\.\d+)\.(.+)")
 
@@ -71,6 +74,32 @@ def layer_axis(slots: Sequence[Slot], row_px: float) -> tuple[dict[str, Any], li
     width = int(max((len(name) for name in short), default=0) * CHARACTER_PX) + 12
     axis = {"tickmode": "array", "tickvals": positions, "ticktext": [text.plain(name) for name in short]}
     return axis, boundaries, max(56, width)
+
+
+def gaps_of(step: Ints, last: Ints) -> Ints:
+    """Where nothing was recorded for much longer than usual: the indices to insert a missing point before."""
+    distance = step[1:] - last[:-1]
+    return (
+        np.flatnonzero(distance > 3 * max(1.0, float(np.median(distance)))) + 1
+        if distance.size
+        else np.empty(0, np.int64)
+    )
+
+
+def with_gaps(x: Floats, values: Floats, gaps: Ints) -> tuple[Floats, Floats]:
+    """A curve that is interrupted where there are gaps, instead of a straight line that nobody measured."""
+    twice = np.repeat(gaps, 2)  # one missing point at each end
+    ends = np.stack([x[gaps - 1] + 0.5, x[gaps] - 0.5], axis=1).ravel()
+    return np.insert(x, twice, ends), np.insert(values.astype(np.float64), twice, np.nan)
+
+
+def flat_where_missing(*edges: Floats) -> list[Floats]:
+    """The edges of a band, all at one height where any is missing: plotly's fills run across what is not there."""
+    missing = np.isnan(np.array(edges)).any(axis=0)
+    if missing.all() or not missing.any():
+        return list(edges)
+    place = np.arange(missing.size)
+    return [np.where(missing, np.interp(place, place[~missing], edges[0][~missing]), edge) for edge in edges]
 
 
 def spark(values: npt.NDArray[np.float64], bars: int = 42) -> list[float | None]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fp8core.formats import FORMATS, Fp8Format
 from fp8scope_collector.storage.reader import Series, Slot
 from fp8scope_dashboard import text, theme
-from fp8scope_dashboard.charts.panels import Stack
+from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, with_gaps
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,6 +37,7 @@ def tensor_figure(
     layout = theme.layout(margin=MARGIN, hovermode="x")
     layout["annotations"], layout["shapes"] = [], []
     traces: list[dict[str, Any]] = []
+    series = _interrupted(series)
     fmt = FORMATS.get(slot.format)
     if fmt is not None:
         held = f"band: what {fmt} holds in this tensor's units, max {text.number(fmt.max)} / scale; pale: subnormal"
@@ -73,11 +74,26 @@ def small_figure(series: Series, slot: Slot, first_step: int, last_step: int) ->
     layout = theme.layout(margin={"l": 52, "r": 10, "t": 22, "b": 34}, hovermode="x")
     layout["annotations"], layout["shapes"] = [], []
     traces: list[dict[str, Any]] = []
+    series = _interrupted(series)
     _window(traces, layout, series, FORMATS.get(slot.format), slot, 1, (0.0, 1.0), small=True)
     name = f"<b>{slot.role.value}</b>  <span style='font-size:10px'>{slot.format}, margin {slot.margin}</span>"
     layout["annotations"].append(theme.label(name, 1.0, color=theme.ROLE_COLOR[slot.role]))
     layout["xaxis"] = theme.step_axis(first_step - 0.5, last_step + 0.5, anchor="y", nticks=5, title={"text": ""})
     return {"traces": traces, "layout": layout}, height
+
+
+def _interrupted(series: Series) -> Series:
+    """The series with a missing point in each gap."""
+    gaps = gaps_of(series.step, series.last)
+    if not gaps.size:
+        return series
+    middle = _middle(series)
+    first, last = (
+        np.insert(ends, np.repeat(gaps, 2), np.stack([series.last[gaps - 1], series.step[gaps]], 1).ravel())
+        for ends in (series.step, series.last)
+    )
+    low, high = ({n: with_gaps(middle, v, gaps)[1] for n, v in side.items()} for side in (series.low, series.high))
+    return Series(first, last, np.insert(series.count, np.repeat(gaps, 2), 0), low, high)
 
 
 def _window(
@@ -108,9 +124,10 @@ def _window(
         _scale_marks(traces, x, series.high["scale_exp2"], yaxis, low + 0.022 * (high - low))
     line = _LINE | {"x": x, "yaxis": yaxis}
     if (amax_high > amax_low).any():
-        traces.append(line | {"y": _f4(amax_low), "line": {"width": 0}, "hoverinfo": "skip"})
+        bottom, top = flat_where_missing(amax_low, amax_high)
+        traces.append(line | {"y": _f4(bottom), "line": {"width": 0}, "hoverinfo": "skip"})
         filled = {"fill": "tonexty", "fillcolor": "$grid", "line": {"width": 0}, "hoverinfo": "skip"}
-        traces.append(line | {"y": _f4(amax_high)} | filled)
+        traces.append(line | {"y": _f4(top)} | filled)
     about = {"format": "log2", "slot": slot.slot}
     dotted = {"width": 1, "dash": "dot", "color": "$muted"}
     traces.append(line | {"y": _f4(rms), "line": dotted, "about": about | {"name": "rms"}})
@@ -127,14 +144,15 @@ def _bands(traces: list[Any], x: Floats, limits: list[Floats], yaxis: str, color
     """From the smallest subnormal to the smallest normal pale, from there to the maximum stronger."""
     base = _LINE | {"x": x, "yaxis": yaxis}
     none = {"width": 0, **_STEPS}
-    subnormal, normal, largest = (_f4(limit) for limit in limits)
+    subnormal, normal, largest = (_f4(limit) for limit in flat_where_missing(*limits))
     about = {"format": "log2"}
     fill = {"fill": "tonexty", "fillcolor": "$band2"}
     edge = {"width": 1, "color": color, **_STEPS}
     traces += [
         base | {"y": subnormal, "line": none, "about": about | {"name": "subnormal"}},
         base | {"y": normal, "line": none, "about": about | {"name": "normal"}} | fill,
-        base | {"y": largest, "line": edge, "about": about | {"name": "max"}} | fill | {"fillcolor": "$band"},
+        base | {"y": largest, "line": none, "hoverinfo": "skip"} | fill | {"fillcolor": "$band"},
+        base | {"y": _f4(limits[2]), "line": edge, "about": about | {"name": "max"}},
     ]
 
 
@@ -303,8 +321,9 @@ def _band(
     x = _middle(series)
     if (high > low).any():
         band = _LINE | axis | {"x": x, "line": {"width": 0} | shape, "hoverinfo": "skip"}
-        traces.append(band | {"y": _f4(low)})
-        traces.append(band | {"y": _f4(high), "fill": "tonexty", "fillcolor": "$band"})
+        bottom, top = flat_where_missing(low, high)
+        traces.append(band | {"y": _f4(bottom)})
+        traces.append(band | {"y": _f4(top), "fill": "tonexty", "fillcolor": "$band"})
     line = {"width": 1.2, "color": color} | shape
     traces.append(_LINE | axis | {"x": x, "y": _f4(high if worst is None else worst), "line": line, "about": about})
 
