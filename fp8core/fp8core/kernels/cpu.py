@@ -130,7 +130,7 @@ def exponent_histogram(x: torch.Tensor) -> torch.Tensor:
     """How many elements have each exponent, before any scale: int64 [256].
 
     Bin e counts 2**(e - 127) <= |x| < 2**(e - 126); bin 0 holds zeros and everything below 2**-126, bin 255 Inf and
-    NaN. Costs about as much as the cast with statistics.
+    NaN. Costs one to two times as much as the cast with statistics.
     """
     x = _checked(x)
     counts = torch.zeros(256, dtype=torch.int64)
