@@ -34,7 +34,6 @@ PALETTES: Final[dict[str, dict[str, str]]] = {
         "critical": "#D55E00",
         "warning": "#B27B00",
         "info": "#0072B2",
-        "middle": "#f3f3f1",
     },
     "dark": {
         "text": "#dde3ea",
@@ -54,12 +53,10 @@ PALETTES: Final[dict[str, dict[str, str]]] = {
         "critical": "#F0743A",
         "warning": "#E6B422",
         "info": "#56B4E9",
-        "middle": "#1d242b",
     },
 }
 
 ROLE_COLOR: Final = {role: f"${role.value}" for role in Role}
-ROLE_SYMBOL: Final = {Role.INPUT: "x", Role.WEIGHT: "w", Role.GRAD_OUTPUT: "dy"}
 
 # Maps by theme, from the healthy or zero end on. The browser takes the one of its theme.
 DIVERGING: Final[dict[str, list[str]]] = {  # a falling scale is a growing tensor: warm
