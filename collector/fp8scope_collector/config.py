@@ -1,10 +1,15 @@
-"""How `fp8scope serve` was asked to run, checked: addresses, the database, and whether others may reach it."""
+"""How `fp8scope serve` was asked to run, checked: addresses, the database, and who may reach it.
+
+Other machines reach a collector by TLS and with a token, or because somebody said `--insecure`.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from fp8scope_collector.limits import Limits
 
@@ -25,29 +30,81 @@ class Address:
 
 
 @dataclass(frozen=True)
+class TlsFiles:
+    """PEM files. With `client_ca` agents have to show a certificate that it signed."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """Everything that a collector needs to start."""
 
     db: str
     grpc: Address
     metrics: Address
+    tokens: bool = False  # agents have to show one
+    tls: TlsFiles | None = None  # agents have to use TLS
+    guard_metrics: bool = False  # /metrics too is for TLS and tokens only
     limits: Limits = field(default_factory=Limits)
 
 
-def serve_config(*, db: str, grpc: str, metrics: str, insecure: bool) -> ServeConfig:
-    """The checked settings.
+def serve_config(
+    *,
+    db: str,
+    grpc: str,
+    metrics: str,
+    auth: Literal["tokens", "none"] | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
+    insecure: bool = False,
+    insecure_metrics: bool = False,
+) -> ServeConfig:
+    """The checked settings. Agents need tokens where `auth` says so, or else where other machines can reach `grpc`.
 
     Raises:
-        ConfigError: an address is malformed, or reachable from other machines without `insecure`.
+        ConfigError: an address is malformed, or reachable from other machines without TLS and tokens although
+            nobody said that it may be; or TLS lacks a file.
     """
-    config = ServeConfig(db=db, grpc=parse_address("--grpc", grpc), metrics=parse_address("--metrics", metrics))
-    for option, address in [("--grpc", config.grpc), ("--metrics", config.metrics)]:
-        if not insecure and not _is_loopback(address.host):
-            raise ConfigError(
-                f"{option} {address} can be reached from other machines, and this version has neither TLS nor tokens: "
-                "listen on 127.0.0.1, or put the collector into a private network and say --insecure"
-            )
-    return config
+    grpc_address, metrics_address = parse_address("--grpc", grpc), parse_address("--metrics", metrics)
+    tls = _tls_files(tls_cert, tls_key, tls_client_ca)
+    exposed = not insecure and not _is_loopback(grpc_address.host)
+    metrics_exposed = not insecure and not insecure_metrics and not _is_loopback(metrics_address.host)
+    reachable = "can be reached from other machines"
+    if exposed and tls is None:
+        raise ConfigError(
+            f"--grpc {grpc_address} {reachable}: encrypt it with --tls-cert and --tls-key, listen on 127.0.0.1, or put "
+            "the collector into a private network and say --insecure"
+        )
+    if exposed and auth == "none":
+        raise ConfigError(
+            f"--grpc {grpc_address} {reachable}, and --auth none lets everybody in: leave it out, listen on 127.0.0.1, "
+            "or put the collector into a private network and say --insecure"
+        )
+    if metrics_exposed and tls is None:
+        raise ConfigError(
+            f"--metrics {metrics_address} {reachable}: encrypt it with --tls-cert and --tls-key, listen on 127.0.0.1, "
+            "or put it into a private network and say --insecure-metrics"
+        )
+    return ServeConfig(
+        db=db,
+        grpc=grpc_address,
+        metrics=metrics_address,
+        tokens=auth == "tokens" or exposed,
+        tls=tls,
+        guard_metrics=metrics_exposed,
+    )
+
+
+def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("TLS needs both --tls-cert and --tls-key")
+    return TlsFiles(cert, key, client_ca)
 
 
 def parse_address(option: str, text: str) -> Address:

@@ -83,6 +83,7 @@ class Ingest:
         self._registrations: list[_Register] = []
         self._puts: deque[_Put] = deque()
         self._seen: dict[int, Seen] = {}
+        self._used_tokens: dict[int, int] = {}
         self._closing = False
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fp8scope-writer", daemon=True)
@@ -117,6 +118,11 @@ class Ingest:
         """Notes that the source is alive; written with the next housekeeping."""
         with self._wake:
             self._seen[source.id] = Seen(self._unix_ns(), drops)
+
+    def token_used(self, token_id: int, unix_ns: int) -> None:
+        """Notes that the token is in use; written with the next housekeeping."""
+        with self._wake:
+            self._used_tokens[token_id] = unix_ns
 
     async def close(self, timeout_s: float) -> bool:
         """Writes what is queued and ends the thread; False if the database did not take it in time."""
@@ -214,9 +220,12 @@ class Ingest:
         """Writes signs of life, reads what /metrics says of runs; so an idle collector too notices its database."""
         with self._wake:
             seen, self._seen = self._seen, {}
+            used, self._used_tokens = self._used_tokens, {}
         try:
             if seen:
                 self._persist(lambda: self._writer.touch(seen))
+            if used:
+                self._persist(lambda: self._writer.touch_tokens(used))
             runs, size = self._persist(lambda: self._writer.overview(MAX_RUNS))
         except _HaltedError:
             raise

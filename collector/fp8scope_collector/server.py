@@ -18,16 +18,19 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from fp8scope_collector.auth import Gate
 from fp8scope_collector.config import ConfigError, ServeConfig
 from fp8scope_collector.decode import RefusedError, decode_drops, decode_finish, decode_open, decode_stats
-from fp8scope_collector.exposition import MetricsServer
+from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest, Lane
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.engine import display_url, migrate, open_engine
 from fp8scope_collector.storage.registry import ContradictionError
+from fp8scope_collector.storage.tokens import Token, read_all
 from fp8scope_collector.storage.writer import StatsWriter
+from fp8scope_collector.tls import Certificate
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 
@@ -44,26 +47,32 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
 
     Raises:
         StorageError: the database cannot be used.
-        ConfigError: an address is taken.
+        ConfigError: an address is taken, or the certificate cannot be used.
     """
-    engine = open_engine(config.db)
-    try:
+    certificate = Certificate(config.tls) if config.tls else None
+    with contextlib.ExitStack() as closing:
+        engine = open_engine(config.db)
+        closing.callback(engine.dispose)
         migrate(engine)
         metrics = Metrics(VERSION)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        http = _listen_http(config, metrics, stop)
         ingest = Ingest(StatsWriter(engine), metrics, config.limits)
-        service = TelemetryService(ingest, metrics, config.limits)
         try:
-            server, serving, port = await _listen_grpc(config, service)
+            gate = _open_gate(config, ingest, closing)
+            http = _listen_http(config, metrics, stop, gate, certificate)
+            closing.callback(http.close)
+            service = TelemetryService(ingest, metrics, config.limits, gate if config.tokens else None)
+            server, serving, port = await _listen_grpc(config, service, certificate)
             grpc_address = f"{str(config.grpc).rpartition(':')[0]}:{port}"
-            http_address = f"{str(config.metrics).rpartition(':')[0]}:{http.port}"
+            scheme = "https" if config.guard_metrics else "http"
+            http_address = f"{scheme}://{str(config.metrics).rpartition(':')[0]}:{http.port}"
             announce(
-                f"fp8scope collector: grpc {grpc_address}, metrics http://{http_address}/metrics, "
+                f"fp8scope collector: grpc {grpc_address}, metrics {http_address}/metrics, "
                 f"database {display_url(engine.url)}"
             )
+            log.info("serving", tls=certificate is not None, tokens=config.tokens)
             await stop.wait()
             log.info("draining", streams=service.open_streams)
             await serving.enter_graceful_shutdown()
@@ -72,25 +81,40 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         finally:
             if not await ingest.close(WRITER_ENDS_S):
                 log.warning("the database did not take everything; agents will send it again")
-            http.close()
-    finally:
-        engine.dispose()
 
 
-def _listen_http(config: ServeConfig, metrics: Metrics, stop: asyncio.Event) -> MetricsServer:
+def _open_gate(config: ServeConfig, ingest: Ingest, closing: contextlib.ExitStack) -> Gate | None:
+    """What checks tokens, where somebody has to show one; it reads them on a connection that cannot write."""
+    if not config.tokens and not config.guard_metrics:
+        return None
+    engine = open_engine(config.db, read_only=True)
+    closing.callback(engine.dispose)
+    gate = Gate(lambda: read_all(engine), ingest.token_used)
+    closing.callback(gate.close)
+    return gate
+
+
+def _listen_http(
+    config: ServeConfig, metrics: Metrics, stop: asyncio.Event, gate: Gate | None, certificate: Certificate | None
+) -> MetricsServer:
     def unready() -> str:
         if stop.is_set():
             return "draining"
         return "" if metrics.database_up else "the database does not take what is written"
 
+    guard = None
+    if config.guard_metrics:
+        assert gate
+        assert certificate
+        guard = Guard(certificate.http_context, gate.check_reader)
     try:
-        return MetricsServer(config.metrics.host, config.metrics.port, metrics, unready)
+        return MetricsServer(config.metrics.host, config.metrics.port, metrics, unready, guard)
     except OSError as error:
         raise ConfigError(f"cannot listen on --metrics {config.metrics}: {error.strerror or error}") from None
 
 
 async def _listen_grpc(
-    config: ServeConfig, service: TelemetryService
+    config: ServeConfig, service: TelemetryService, certificate: Certificate | None
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
     server = grpc.aio.server(
         options=[
@@ -106,7 +130,10 @@ async def _listen_grpc(
     serving = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(serving, server)
     try:
-        port = server.add_insecure_port(str(config.grpc))
+        if certificate:
+            port = server.add_secure_port(str(config.grpc), certificate.grpc_credentials())
+        else:
+            port = server.add_insecure_port(str(config.grpc))
     except RuntimeError:
         raise ConfigError(
             f"cannot listen on --grpc {config.grpc}: the address is taken or not of this machine"
@@ -118,12 +145,13 @@ async def _listen_grpc(
 
 
 class TelemetryService(pb_grpc.TelemetryServicer):
-    """Streams of agents."""
+    """Streams of agents. With a `gate` each has to show a token that may send its run."""
 
-    def __init__(self, ingest: Ingest, metrics: Metrics, limits: Limits) -> None:
+    def __init__(self, ingest: Ingest, metrics: Metrics, limits: Limits, gate: Gate | None) -> None:
         self._ingest = ingest
         self._metrics = metrics
         self._limits = limits
+        self._gate = gate
         self._lanes: set[Lane] = set()
         self._draining = False
 
@@ -142,38 +170,50 @@ class TelemetryService(pb_grpc.TelemetryServicer):
         """One source's stream, until the client ends it or the collector drains."""
         self._metrics.observe_streams(+1)
         try:
-            source = await self._open(context)
+            token = await self._gate.identify(_authorization(context)) if self._gate else None
+            source = await self._open(context, token)
             if source is not None:
-                await self._converse(context, source)
+                await self._converse(context, source, token)
         except RefusedError as refused:
             log.warning("refused", peer=context.peer(), code=refused.code.name, reason=str(refused))
             await context.abort(refused.code, str(refused))
         finally:
             self._metrics.observe_streams(-1)
 
-    async def _open(self, context: Context) -> Source | None:
-        """Reads `Open` and registers the source; None where the client leaves before."""
+    async def _open(self, context: Context, token: Token | None) -> Source | None:
+        """Reads `Open` and registers the source, if `token` may send it; None where the client leaves before."""
         if (message := await _next(context)) is None:
             return None
         if message.WhichOneof("body") != "open":
             raise RefusedError(f"the first message is {message.WhichOneof('body')}; expected open")
         opening = decode_open(message.open, self._limits)
+        if self._gate and token:
+            self._gate.admit(token, opening)
         try:
             return await self._ingest.register(opening)
         except ContradictionError as error:
             raise RefusedError(str(error), grpc.StatusCode.FAILED_PRECONDITION) from None
 
-    async def _converse(self, context: Context, source: Source) -> None:
+    async def _converse(self, context: Context, source: Source, token: Token | None) -> None:
         """Reads in a task of its own; here acknowledgements leave as commits come in."""
         opened = pb.Opened(incarnation=source.incarnation, up_to_seq=source.up_to_seq, server_version=VERSION)
         await context.write(pb.ServerMessage(opened=opened, window=self._limits.window))
         lane = Lane(source)
         self._lanes.add(lane)
-        log.info("opened", run=source.run, rank=source.rank, incarnation=source.incarnation, up_to_seq=source.up_to_seq)
+        whose = {"token": token.name} if token else {}
+        log.info(
+            "opened",
+            run=source.run,
+            rank=source.rank,
+            incarnation=source.incarnation,
+            up_to_seq=source.up_to_seq,
+            **whose,
+        )
         reading = asyncio.create_task(self._read(context, lane))
         reading.add_done_callback(lambda _: lane.changed.set())
         try:
-            await self._acknowledge(context, lane, reading)
+            with self._gate.watch(token, lane) if self._gate and token else contextlib.nullcontext():
+                await self._acknowledge(context, lane, reading)
         finally:
             self._lanes.discard(lane)
             reading.cancel()
@@ -205,6 +245,8 @@ class TelemetryService(pb_grpc.TelemetryServicer):
         """Queues what the client sends, until it is done. Waits, not reading, while the queue is full."""
         last_seq, finished = 0, lane.source.finished
         while (message := await _next(context)) is not None:
+            if lane.failure:  # also where the client takes no acknowledgements, and `_acknowledge` cannot end
+                return
             kind = message.WhichOneof("body")
             if kind == "heartbeat":
                 self._ingest.sign_of_life(lane.source, decode_drops(message.heartbeat.drops, self._limits))
@@ -233,6 +275,11 @@ class TelemetryService(pb_grpc.TelemetryServicer):
         if kind == "open":
             raise RefusedError("open came a second time; expected stats, finish or heartbeat")
         raise RefusedError("the message is empty; expected stats, finish or heartbeat")
+
+
+def _authorization(context: Context) -> list[str]:
+    """The values that the client sent as `authorization`."""
+    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
 
 
 async def _next(context: Context) -> pb.ClientMessage | None:

@@ -173,7 +173,10 @@ def test_a_closed_pipe_is_no_traceback(stored: str) -> None:
             "cannot open database postgresql://u:***@127.0.0.1:1/x: ",
         ),
         (["serve", "--grpc", "4327"], "--grpc is '4327'; expected HOST:PORT, for example 127.0.0.1:4327 or [::1]:4327"),
-        (["serve", "--grpc", "0.0.0.0:0"], "--grpc 0.0.0.0:0 can be reached from other machines, and this version has"),
+        (
+            ["serve", "--grpc", "0.0.0.0:0"],
+            "--grpc 0.0.0.0:0 can be reached from other machines: encrypt it with --tls-cert",
+        ),
         (["serve", "--metrics", "[::]:0"], "--metrics [::]:0 can be reached from other machines"),
         (["serve", "--metrics", "no.such.host.invalid:0"], "host 'no.such.host.invalid' is unknown: "),
         (["serve", "--db", "sqlite:///."], "cannot open database sqlite:///.: unable to open database file"),

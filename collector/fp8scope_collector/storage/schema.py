@@ -127,3 +127,25 @@ drop = sa.Table(
     sa.Column("rows", sa.BigInteger, nullable=False, comment="rows that the agent dropped since the source started"),
     sqlite_with_rowid=False,
 )
+
+# Who may send, and who may read /metrics: storage/tokens.py.
+token = sa.Table(
+    "token",
+    metadata,
+    sa.Column("id", _BIG, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column(
+        "secret_sha256",
+        sa.Text,
+        nullable=False,
+        unique=True,
+        comment="hexadecimal; the secret itself is stored nowhere",
+    ),
+    sa.Column("scope", sa.Text, nullable=False, comment="ingest | read | admin"),
+    sa.Column("project", sa.Text, nullable=True, comment="null: every project"),
+    sa.Column("run", sa.Text, nullable=True, comment="null: every run"),
+    sa.Column("created_unix_ns", sa.BigInteger, nullable=False),
+    sa.Column("expires_unix_ns", sa.BigInteger, nullable=True, comment="null: never"),
+    sa.Column("revoked_unix_ns", sa.BigInteger, nullable=True, comment="null: not revoked"),
+    sa.Column("last_used_unix_ns", sa.BigInteger, nullable=True, comment="to a minute; null: never"),
+)

@@ -25,7 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Opening, Source
-from fp8scope_collector.storage import schema
+from fp8scope_collector.storage import schema, tokens
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
 from fp8scope_collector.storage.registry import Insert, register
 
@@ -106,6 +106,10 @@ class StatsWriter:
                 [{"source_id": source_id, "now": seen[source_id].unix_ns} for source_id in known],
             )
             self._write_drops(connection, ((source_id, seen[source_id].drops) for source_id in known))
+
+    def touch_tokens(self, used: Mapping[int, int]) -> None:
+        """Records when tokens were used last, Unix nanoseconds by token id."""
+        tokens.note_used(self._engine, used)
 
     def overview(self, limit: int) -> tuple[list[RunState], int]:
         """The runs seen last, and the size of the database in bytes."""
