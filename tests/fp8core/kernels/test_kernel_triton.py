@@ -39,6 +39,7 @@ POINTER = {
 INTEGERS = dict.fromkeys(("n", "rows", "columns", "iterations", "programs", "numel"), "i32")
 TYPE_POINTER = {torch.bfloat16: "*i16", torch.float16: "*fp16", torch.float32: "*fp32"}
 UNALIGNED = {"iterations", "programs", "numel"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BLOCK, TILE = launchers.BLOCK, {"BLOCK_ROWS": launchers.TILE[0], "BLOCK_COLUMNS": launchers.TILE[1]}
 
 
@@ -69,8 +70,7 @@ def dumped(compiled, folder, what):
     """What cuobjdump says about the machine code."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, what, cubin], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([TOOLS / "cuobjdump", what, cubin], check=True, capture_output=True, text=True).stdout
 
 
 def stack_bytes(compiled, folder):
@@ -110,7 +110,8 @@ def test_a_cast_spills_nothing_and_moves_16_bytes_at_a_time(transpose, dtype, st
     assert not re.search(r"F(ADD|MUL)\S*\.FTZ", instructions), "subnormals are flushed"
 
 
-def test_the_hardware_conversion_is_the_saturating_one(tmp_path):
+def test_the_hardware_conversion_is_the_saturating_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(TOOLS / "ptxas-blackwell"))  # the other, of CUDA 12.8, crashes on it
     constants = cast_constants(E4M3FN, torch.bfloat16, True, hw_cast=True)
 
     compiled = compile_for_hopper(jit.cast_transpose_kernel, constants | TILE, launchers._OPTIONS)
