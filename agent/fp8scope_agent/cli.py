@@ -18,6 +18,7 @@ from .addresses import DEFAULT_COLLECTOR, parse_addresses
 from .sender import SpoolLockedError, deliver, read_source
 from .spool import SOURCE_FILE, read_acked, spool_bytes, waiting
 from .status import DELIVERED, LEFT_OVER, USAGE, read_status
+from .tls import tls_settings
 
 _DEFAULT_PATIENCE_S = 30.0
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     sync.add_argument(
         "--collector",
         default=os.environ.get("FP8SCOPE_COLLECTOR") or DEFAULT_COLLECTOR,
-        help="HOST:PORT[,HOST:PORT] (FP8SCOPE_COLLECTOR; default %(default)s). The token comes from FP8SCOPE_TOKEN.",
+        help="HOST:PORT[,HOST:PORT] (FP8SCOPE_COLLECTOR; default %(default)s). FP8SCOPE_TOKEN, _TLS_CA count too.",
     )
     sync.add_argument(
         "--patience-s",
@@ -77,6 +78,7 @@ def _status(root: Path) -> int:
 
 def _sync(root: Path, collector: str, patience_s: float) -> int:
     addresses = parse_addresses(collector)
+    tls = tls_settings(os.environ)
     left_over = False
     for folder in _sources(root):
         before = read_acked(folder).rows
@@ -85,6 +87,7 @@ def _sync(root: Path, collector: str, patience_s: float) -> int:
                 folder,
                 addresses=addresses,
                 token=os.environ.get("FP8SCOPE_TOKEN"),
+                tls=tls,
                 lifetime=_WhileProgress(patience_s),
             )
         except (SpoolLockedError, ValueError) as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .addresses import DEFAULT_COLLECTOR, parse_addresses
+from .tls import tls_settings
 
 DEFAULT_SPOOL_BYTES = 512 << 20
 DEFAULT_LINGER_S = 30.0
@@ -80,6 +81,7 @@ def resolve(
             f"there are {len(tags)} tags and {len(notes)} characters of notes; expected at most {_MOST_TAGS} and "
             f"{_LONGEST_NOTES}"
         )
+    tls_settings(environ)  # the sender reads these itself; here, so that a mistake shows before the first step
     final_rank, final_world_size = _rank(rank, world_size, distributed, environ)
     return Settings(
         run=_name("run", run),

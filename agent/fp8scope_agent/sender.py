@@ -5,7 +5,7 @@ DataLoader workers and a dead network never reaches the training step. It import
 
 It ends when the source is delivered to its end; or, once the writer has closed the spool or its process is gone,
 after a bounded time: what is left then waits for `fp8scope-agent sync`. One sender works on a spool at a time.
-The token comes through the environment (FP8SCOPE_TOKEN), where `ps` does not show it.
+The token comes through the environment (FP8SCOPE_TOKEN), where `ps` does not show it; so do the files of TLS.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .delivery import Delivery
 from .spool import CLOSED_FILE, SOURCE_FILE
 from .status import DELIVERED, LEFT_OVER, LOCKED, USAGE, SenderStatus, read_status, sync_command, write_status
 from .stream import Ended, Stream, Timing
+from .tls import Tls, tls_settings, trouble
 
 LOCK_FILE = "sender.lock"
 
@@ -38,6 +39,7 @@ _LONGEST_BACK_OFF_S = 10.0
 _LOOK_S = 0.1  # how often a waiting sender looks whether the writer has ended
 _SAVE_S = 0.5  # how often the position is noted on disk while acknowledgements come in
 _FOR_A_PERSON = {"unauthenticated", "permission_denied", "failed_precondition", "unimplemented", "invalid_argument"}
+_FOR_A_PERSON |= {"tls_files", "tls_wanted", "tls_not_spoken", "certificate", "client_certificate"}
 _LIMIT_TRIES = 8  # a record that is over a limit this often is set aside
 
 
@@ -89,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.spool,
             addresses=parse_addresses(arguments.collector),
             token=os.environ.get("FP8SCOPE_TOKEN"),
+            tls=tls_settings(os.environ),
             lifetime=WriterLifetime(arguments.spool, parent=arguments.parent, linger_s=arguments.linger_s),
         )
     except SpoolLockedError as error:
@@ -105,6 +108,7 @@ def deliver(
     addresses: tuple[str, ...],
     token: str | None,
     lifetime: Lifetime,
+    tls: Tls | None = None,
     timing: Timing | None = None,
 ) -> int:
     """Send what is in `folder` until the writer has ended and all is sent, or `lifetime` has expired.
@@ -117,7 +121,7 @@ def deliver(
     """
     open_message = read_source(folder)
     with _lock(folder):
-        return _Sender(folder, open_message, addresses, token, lifetime, timing or Timing()).run()
+        return _Sender(folder, open_message, addresses, token, tls, lifetime, timing or Timing()).run()
 
 
 def read_source(folder: Path) -> pb.Open:
@@ -143,6 +147,7 @@ class _Sender:
         open_message: pb.Open,
         addresses: tuple[str, ...],
         token: str | None,
+        tls: Tls | None,
         lifetime: Lifetime,
         timing: Timing,
     ) -> None:
@@ -151,6 +156,7 @@ class _Sender:
         self._open = open_message
         self._addresses = addresses
         self._token = token
+        self._tls = tls
         self._lifetime = lifetime
         self._timing = timing
         self._delivery = Delivery(folder, refused_seqs=before.refused_seqs, dropped_rows=before.dropped_rows)
@@ -185,9 +191,19 @@ class _Sender:
         return LEFT_OVER
 
     def _connect(self, address: str) -> Ended:
+        try:
+            ended = self._converse(address, self._tls.read() if self._tls else None)
+            if ended.cause == "unavailable" and not ended.opened and (found := trouble(address, self._tls)):
+                return Ended(found.cause, found.detail)
+        except ValueError as error:
+            return Ended("tls_files", str(error))
+        return ended
+
+    def _converse(self, address: str, certificates: tuple[bytes, bytes | None, bytes | None] | None) -> Ended:
         stream = Stream(
             address,
             token=self._token,
+            certificates=certificates,
             open_message=self._open,
             delivery=self._delivery,
             timing=self._timing,
@@ -282,6 +298,29 @@ def _sentence(address: str, ended: Ended, folder: Path) -> str:
                 f"the collector at {address} refuses the token ({ended.detail}). Pass token= or set FP8SCOPE_TOKEN to "
                 f"one that it knows. {waits}; 'fp8scope-agent sync' takes another token."
             )
+        case "tls_wanted":
+            return (
+                f"the collector at {address} speaks TLS and this agent does not. Set FP8SCOPE_TLS_CA to the PEM file "
+                f"of the certificates to trust. {waits}."
+            )
+        case "tls_not_spoken":
+            return (
+                f"the collector at {address} does not speak TLS, and FP8SCOPE_TLS_CA asks for it. Start it with "
+                f"--tls-cert and --tls-key, or unset the variable where the network is private. {waits}."
+            )
+        case "certificate":
+            return (
+                f"the certificate of the collector at {address} is not trusted ({ended.detail}). Compare "
+                f"FP8SCOPE_TLS_CA, the name in the address and the certificate's names and dates. {waits}."
+            )
+        case "client_certificate":
+            return (
+                f"the collector at {address} does not accept this agent's certificate ({ended.detail}). Set "
+                f"FP8SCOPE_TLS_CLIENT_CERT and FP8SCOPE_TLS_CLIENT_KEY to one that its --tls-client-ca has signed. "
+                f"{waits}."
+            )
+        case "tls_files":
+            return f"the files of TLS cannot be used: {ended.detail}. {waits}."
         case "failed_precondition":
             return (
                 f"the collector at {address} refuses this run: {ended.detail}. A changed model needs another run name. "

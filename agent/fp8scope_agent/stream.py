@@ -55,6 +55,7 @@ class Stream:
         address: str,
         *,
         token: str | None,
+        certificates: tuple[bytes, bytes | None, bytes | None] | None,
         open_message: pb.Open,
         delivery: Delivery,
         timing: Timing,
@@ -62,8 +63,12 @@ class Stream:
         expired: Callable[[], bool],
         progressed: Callable[[], None],
     ) -> None:
-        """`nothing_comes`: the writer has ended. `expired`: stop now. `progressed`: called often while connected."""
+        """`certificates`: roots, private key and chain; None: no TLS.
+
+        `nothing_comes`: the writer has ended. `expired`: stop now. `progressed`: called often while connected.
+        """
         self._address = address
+        self._certificates = certificates
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._open = open_message
         self._delivery = delivery
@@ -80,7 +85,7 @@ class Stream:
 
     def run(self) -> Ended:
         """Deliver until there is nothing more to deliver, time is up, or the connection ends."""
-        with grpc.insecure_channel(self._address, options=_CHANNEL_OPTIONS) as channel:
+        with self._channel() as channel:
             method = channel.stream_stream(
                 _METHOD, request_serializer=_as_it_is, response_deserializer=pb.ServerMessage.FromString
             )
@@ -92,6 +97,12 @@ class Stream:
                 self._outgoing.put(None)
                 call.cancel()
         return Ended(ended.cause, ended.detail, self._opened)
+
+    def _channel(self) -> grpc.Channel:
+        if self._certificates is None:
+            return grpc.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(*self._certificates)
+        return grpc.secure_channel(self._address, credentials, options=_CHANNEL_OPTIONS)
 
     def _exchange(self) -> Ended:
         self._open.sent_unix_ns = time.time_ns()
