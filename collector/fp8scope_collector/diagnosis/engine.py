@@ -36,7 +36,7 @@ def diagnose(pieces: Iterable[Window], *, rules: Sequence[Rule] = RULES) -> Diag
         rows += window.steps.size - window.fresh
         ranks = len(window.ranks)
         for rule in rules:
-            for finding in sorted(rule.check(window), key=lambda finding: finding.first_row):
+            for finding in rule.check(window):
                 layer, role = (finding.slot.layer, finding.slot.role) if finding.slot else ("", None)
                 _extend(episodes[rule.name, layer, role, finding.ranks], finding)
     over_ranks: dict[tuple[str, str, Role | None], list[Finding]] = defaultdict(list)

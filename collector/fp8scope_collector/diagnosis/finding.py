@@ -85,6 +85,7 @@ def findings(
     *,
     severity: Severity | npt.NDArray[np.int_] = Severity.WARNING,
     still: Bools | None = None,
+    late: int = 0,
     numbers: Mapping[str, Floats] | None = None,
     note: Callable[[int, int], str] = lambda step, slot: "",
     of_run: bool = False,
@@ -103,8 +104,8 @@ def findings(
 
     def finding(rank: int, slot: int, part: Ints, opening: Ints) -> Finding:
         begun = opening.size > 0
-        first, last = window.fresh + int(part[0]), window.fresh + int(part[-1])
-        at = window.fresh + int(opening[np.argmax(worst[rank, window.fresh + opening, slot])]) if begun else first
+        first, last = window.fresh + int(part[0]) - (late if begun else 0), window.fresh + int(part[-1])
+        at = window.fresh + int(opening[np.argmax(worst[rank, window.fresh + opening, slot])]) if begun else last
         return Finding(
             rule=rule,
             severity=Severity(levels[rank, window.fresh + opening, slot].max()) if begun else Severity.INFO,

@@ -29,6 +29,7 @@ _FETCHED_ROWS = 50_000
 class StoredRun:
     """A run in a database, to be read as `pieces`."""
 
+    reader: Reader
     summary: RunSummary
     engine: sa.Engine
     slots: tuple[Slot, ...]
@@ -53,16 +54,15 @@ class StoredRun:
                 life_row = first_row
                 for start in range(0, steps.size, rows):
                     part = steps[start : start + rows]
-                    piece = Window(
+                    yield Window(
                         steps=part,
                         ranks=ranks,
                         slots=slots,
                         fields=self._fields(connection, spans, rank_of, ranks, part),
-                        scalars=self._scalars(connection, lives, after, int(part[-1])),
+                        scalars=self._scalars(after, int(part[-1])),
                         first_row=first_row,
                         life_row=life_row,
                     )
-                    yield piece
                     first_row, after = first_row + part.size, int(part[-1])
 
     def _lives(self, connection: sa.Connection) -> list[Life]:
@@ -121,24 +121,10 @@ class StoredRun:
                         fields[name][at] = np.array(column, dtype=np.float64)
         return fields
 
-    def _scalars(self, connection: sa.Connection, lives: list[Life], after: int, last: int) -> dict[str, ScalarSeries]:
-        """The lowest rank's scalars of the steps in (after, last]; a rewritten step's are the newest life's."""
-        scalar = schema.scalar.c
-        lowest = min(life.rank for life in lives)
-        points: dict[str, dict[int, float]] = {}
-        for life in lives:
-            if life.rank == lowest:
-                query = sa.select(scalar.name, scalar.step, scalar.value).where(
-                    scalar.source_id == life.source_id, scalar.step > after, scalar.step <= last
-                )
-                for name, step, value in connection.execute(query.order_by(scalar.name, scalar.step)):
-                    points.setdefault(name, {})[step] = np.nan if value is None else value
-        return {
-            name: ScalarSeries(
-                np.array(sorted(by_step), dtype=np.int64), np.array([by_step[s] for s in sorted(by_step)])
-            )
-            for name, by_step in points.items()
-        }
+    def _scalars(self, after: int, last: int) -> dict[str, ScalarSeries]:
+        """The scalars of the steps in (after, last], one entry for each."""
+        found = self.reader.scalars(self.summary.id, first_step=after + 1, last_step=last, max_points=last - after)
+        return {scalar.name: ScalarSeries(scalar.step, scalar.low) for scalar in found}
 
 
 def open_run(url: str, ref: str) -> StoredRun:
@@ -152,4 +138,4 @@ def open_run(url: str, ref: str) -> StoredRun:
     summary = reader.run(ref)
     progress = reader.progress(summary.id)
     last_step = progress.settled_step if progress else -1
-    return StoredRun(summary, open_engine(url, read_only=True), tuple(reader.slots(summary.id)), last_step)
+    return StoredRun(reader, summary, open_engine(url, read_only=True), tuple(reader.slots(summary.id)), last_step)

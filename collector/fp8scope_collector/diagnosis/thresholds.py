@@ -33,19 +33,17 @@ PINNED_ROWS = 4  # rows that must lie below it
 PINNED_BY_BITS = 2.0  # fall of the scale in one row that begins it: measured 2.7 once, by a real spike of a gradient
 PINNED_SHARE = 1 / 3  # of the format's normal range (E4M3: 4.9 bits, E5M2: 9.9) lost: a warning, below it info
 WASTED_SHARE = 1 / 2  # of the format's normal range unused above the largest element
-WASTED_ROWS = 16
+WASTED_ROWS = 16  # in a row, since nothing is lost yet
 WEIGHT_JUMP_BITS = 2.0  # of a weight's amax in one step: FP8-AMAX's weights move by 1; measured 0.03
 WEIGHT_JUMP_CRITICAL_BITS = 6.0  # no optimizer step does that
 FLAP_BITS = 2.0  # a move of an input's or weight's scale; measured at most 1
 FLAPS = 4  # moves of that size in both directions within the last 16 rows
 
 # Trends -------------------------------------------------------------------------------------------------------------
-SETTLED_ROWS = (
-    32  # rows of a process life that trends leave out: warm-up of the learning rate, zero-initialised weights
-)
+SETTLED_ROWS = 32  # of a process life that trends leave out: learning-rate warm-up, weights that begin at zero
 GRADIENT_RISE_BITS = 3.0  # of a late layer's gradient over its mean: arXiv 2309.17224 shows spikes of 1 or 2
 GRADIENT_RISE_ROWS = 4  # in a row: measured 1.9 bits over four rows, but 8 in a single one
-WEIGHT_GROWTH_BITS = 1.0  # of a weight's amax within 4 rows: measured 0.1
+WEIGHT_GROWTH_BITS = 0.125  # of a weight's amax a step, over 4 rows: measured 0.025
 INPUT_GROWTH_BITS = 2.0  # of an input's amax within 64 rows, twice doubled: measured 1.0
 DEPTH_BITS = 3.0  # between the first or last layer and the median of those between
 DEAD_ROWS = 4  # rows of zeros alone; a zero-initialised layer has its first rows so

@@ -14,7 +14,7 @@ from fp8scope_collector.diagnosis.window import Window, log2
 
 
 def check(window: Window) -> Iterator[Finding]:
-    """Rows of a weight whose amax doubled within 4 rows, or of an input whose amax doubled twice within 64.
+    """Rows of a weight whose amax grew by an eighth of a bit a step over 4 rows, or of an input's by 2 bits within 64.
 
     An input counts where the smallest amax of 8 rows is four times the largest of the 8 that ended 64 rows earlier, so
     that a spike does not. A weight may not have jumped in a single row: that is the rule weight-scale-jump's. The first
@@ -25,9 +25,11 @@ def check(window: Window) -> Iterator[Finding]:
     steepest = largest(np.nan_to_num(amax - before(amax, 1)), 4)
     of_weight = np.where(steepest < at.WEIGHT_JUMP_BITS, amax - before(amax, 4), np.nan)
     of_input = smallest(amax, 8) - before(largest(amax, 8), 64)
+    steps = before(window.steps[None, :, None].astype(np.float64), 4)
+    too_fast = of_weight >= at.WEIGHT_GROWTH_BITS * (window.steps[None, :, None] - steps)
     settled = window.age >= at.SETTLED_ROWS
     weight, tensor = window.of_role(Role.WEIGHT), window.of_role(Role.INPUT)
-    bad = settled & weight & (of_weight >= at.WEIGHT_GROWTH_BITS)
+    bad = settled & weight & too_fast
     bad |= (window.age >= at.SETTLED_ROWS + 72) & tensor & (of_input >= at.INPUT_GROWTH_BITS)
     grown = np.where(weight, of_weight, of_input)
     numbers = {"bits": grown, "rows": np.broadcast_to(np.where(weight, 4.0, 64.0), grown.shape), "amax": window["amax"]}

@@ -21,7 +21,9 @@ def check(window: Window) -> Iterator[Finding]:
     dead = window["zeros"] == window["numel"]
     settled = np.where(window.of_role(Role.WEIGHT), window.age >= at.SETTLED_ROWS, window.age >= at.DEAD_ROWS)
     bad = all_of_last(dead, at.DEAD_ROWS) & settled
-    yield from findings(window, RULE.name, bad, window["numel"], still=dead, numbers={"numel": window["numel"]})
+    yield from findings(
+        window, RULE.name, bad, window["numel"], still=dead, late=at.DEAD_ROWS - 1, numbers={"numel": window["numel"]}
+    )
 
 
 RULE = Rule(

@@ -30,7 +30,7 @@ def check(window: Window) -> Iterator[Finding]:
     rise[..., last] = smallest(late, at.GRADIENT_RISE_ROWS) - usual
     bad = (rise >= at.GRADIENT_RISE_BITS) & (window.age >= at.SETTLED_ROWS)
     numbers = {"bits": rise, "scale_exp2": window.scale_exp2}
-    yield from findings(window, RULE.name, bad, rise, numbers=numbers)
+    yield from findings(window, RULE.name, bad, rise, late=at.GRADIENT_RISE_ROWS - 1, numbers=numbers)
 
 
 RULE = Rule(

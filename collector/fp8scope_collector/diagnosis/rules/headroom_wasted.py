@@ -21,7 +21,9 @@ def check(window: Window) -> Iterator[Finding]:
     wasted = (excess >= at.WASTED_SHARE * window.normal_bits) & window.under(ConstantScaling, DelayedScaling)
     bad = all_of_last(wasted, at.WASTED_ROWS)
     numbers = {"headroom": window.headroom, "scale_exp2": window.scale_exp2}
-    yield from findings(window, RULE.name, bad, excess, severity=Severity.INFO, still=wasted, numbers=numbers)
+    yield from findings(
+        window, RULE.name, bad, excess, severity=Severity.INFO, still=wasted, late=at.WASTED_ROWS - 1, numbers=numbers
+    )
 
 
 RULE = Rule(

@@ -27,7 +27,9 @@ def check(window: Window) -> Iterator[Finding]:
     bad = pinned & (counted(fell, 2 * at.PINNED_ROWS) > 0)
     severity = np.where(lost >= at.PINNED_SHARE * window.normal_bits, Severity.WARNING, Severity.INFO)
     numbers = {"lost": lost, "headroom": window.headroom}
-    yield from findings(window, RULE.name, bad, lost, severity=severity, still=pinned, numbers=numbers)
+    yield from findings(
+        window, RULE.name, bad, lost, severity=severity, still=pinned, late=at.PINNED_ROWS - 1, numbers=numbers
+    )
 
 
 RULE = Rule(

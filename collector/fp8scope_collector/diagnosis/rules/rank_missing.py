@@ -18,7 +18,7 @@ def check(window: Window) -> Iterator[Finding]:
     silent = counted(here, at.RANK_SILENT_ROWS) == 0
     bad = silent & (counted(here, 4 * at.RANK_SILENT_ROWS) > 0)
     rows = np.where(here, 0.0, 1.0)
-    yield from findings(window, RULE.name, bad, rows, still=~here, of_run=True)
+    yield from findings(window, RULE.name, bad, rows, still=~here, late=at.RANK_SILENT_ROWS - 1, of_run=True)
 
 
 RULE = Rule(

@@ -26,7 +26,7 @@ def check(window: Window) -> Iterator[Finding]:
     severity = np.where(window["overflow"] > 0, Severity.CRITICAL, Severity.WARNING)
     numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom, "missing": excess}
     yield from findings(
-        window, RULE.name, all_of_last(held, 2), np.abs(excess), severity=severity, still=held, numbers=numbers
+        window, RULE.name, all_of_last(held, 2), np.abs(excess), severity=severity, still=held, late=1, numbers=numbers
     )
 
 

@@ -10,7 +10,7 @@ from fp8core.recipes import AmaxScaling, CurrentScaling, DelayedScaling
 from fp8core.records import Role
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
-from fp8scope_collector.diagnosis.rolling import all_of_last, before
+from fp8scope_collector.diagnosis.rolling import all_of_last, before, largest
 from fp8scope_collector.diagnosis.window import Bools, Floats, Window
 
 
@@ -19,9 +19,10 @@ def check(window: Window) -> Iterator[Finding]:
 
     Just-in-time scaling: the headroom is more than a bit from what the recipe leaves. Delayed scaling: the scale is 1
     as at the start though the tensor is elsewhere, or it does not allow for the amax of the row before, which is in the
-    history. A scale that stays too low under delayed scaling is the rule history-pinned's.
+    history, or (histories of at most 64) it remembers what has left it. In a longer history a scale that stays too
+    low looks like one that is pinned: the rule history-pinned's.
     Trust: exact arithmetic of the recipe; with rows that are further apart than a sixteenth of the history the delayed
-    half is not judged. Source: Transformer Engine issue 3284 (a scale that stayed 1 from the start).
+    half is not judged. Source: a failure known of Transformer Engine (a scale that stayed 1 from the start).
     """
     scale, amax = window["scale_min"], window["amax"]
     with np.errstate(invalid="ignore"):
@@ -30,11 +31,13 @@ def check(window: Window) -> Iterator[Finding]:
     off = np.abs(np.where(excess > 0, np.maximum(excess - at.FROZEN_BITS, 0), excess)) > at.FROZEN_BITS
     stale = same & off & window.under(AmaxScaling, CurrentScaling) & ~_clamped(window)
     initial = (scale == 1) & off & window.under(DelayedScaling) & (window.age >= 1)
-    bad = all_of_last(stale | initial, at.FROZEN_ROWS) | all_of_last(same & _unheeded(window, amax), at.FROZEN_ROWS)
-    still = stale | initial | (same & _unheeded(window, amax))
+    still = stale | initial | (same & (_unheeded(window, amax) | _forgotten(window, amax)))
+    bad = all_of_last(still, at.FROZEN_ROWS)
     worst = np.abs(np.nan_to_num(excess))
     numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom}
-    yield from findings(window, RULE.name, bad, worst, severity=Severity.CRITICAL, still=still, numbers=numbers)
+    yield from findings(
+        window, RULE.name, bad, worst, severity=Severity.CRITICAL, still=still, late=at.FROZEN_ROWS - 1, numbers=numbers
+    )
 
 
 def _unheeded(window: Window, amax: Floats) -> Bools:
@@ -48,6 +51,22 @@ def _unheeded(window: Window, amax: Floats) -> Bools:
         allowed = window.largest * 2.0**-window.margins / window["scale_min"]
         higher: Bools = before(amax, 1) > allowed * tolerance
     return higher & (remembered >= 16 * distance)
+
+
+def _forgotten(window: Window, amax: Floats) -> Bools:
+    """Whether the scale is lower than everything of the last 64 rows, none left out, would make it.
+
+    Judged where a history of at most 64 casts cannot reach further back.
+    """
+    short = [isinstance(r, DelayedScaling) and r.history_len <= 64 for r in window.recipes]
+    alone = window.of_role(Role.WEIGHT) | (len(window.ranks) == 1)
+    distance = np.diff(window.steps, prepend=window.steps[:1] - 1)[None, :, None]
+    unbroken = all_of_last((amax > 0) & (distance == 1), 64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        remembered = window.largest * 2.0**-window.margins / window["scale_min"]
+        lower = remembered > before(largest(amax, 64), 1) * at.REACTION
+    forgotten: Bools = lower & (before(unbroken.astype(np.float64), 1) == 1) & np.array(short) & alone
+    return forgotten
 
 
 def _clamped(window: Window) -> Bools:

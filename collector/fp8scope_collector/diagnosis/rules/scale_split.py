@@ -17,8 +17,8 @@ def check(window: Window) -> Iterator[Finding]:
     """Rows in which the mean amax of 16 rows differs between ranks by 2 bits (inputs) or 4 (gradients).
 
     Weights are left out: shards of tensor parallelism differ by right (see weights-diverged). Trust: after 16 rows;
-    where ranks hold different experts or parts of a sequence, this is how they are. Source: Megatron-LM issue 442, a
-    wrong group of ranks for the amax reduction.
+    where ranks hold different experts or parts of a sequence, this is how they are. Source: a failure known of
+    Megatron-LM, a wrong group of ranks for the amax reduction.
     """
     if len(window.ranks) < 2:
         return

@@ -27,7 +27,9 @@ def check(window: Window) -> Iterator[Finding]:
     bad = all_of_last(lost, at.UNDERFLOW_ROWS)
     severity = np.where(ratio > at.UNDERFLOW_CRITICAL, Severity.CRITICAL, Severity.WARNING)
     numbers = {"ratio": ratio, "headroom": window.headroom}
-    yield from findings(window, RULE.name, bad, ratio, severity=severity, still=lost, numbers=numbers)
+    yield from findings(
+        window, RULE.name, bad, ratio, severity=severity, still=lost, late=at.UNDERFLOW_ROWS - 1, numbers=numbers
+    )
 
 
 RULE = Rule(

@@ -1,0 +1,116 @@
+"""Episodes do not depend on where a run is cut, memory on its length, or the answer on the order of chance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fp8core import DelayedScaling
+from fp8core.records import Role
+from fp8scope_collector.diagnosis.engine import diagnose
+from fp8scope_collector.diagnosis.finding import Severity
+from fp8scope_collector.diagnosis.thresholds import GAP_ROWS
+from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, ScalarSeries, Window, cut, slide
+from fp8scope_collector.storage.readmodels import Slot
+
+RANKS, STEPS = 2, 300
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Window:
+    """Rows that make every rule speak, at random: what matters here is only that cutting changes nothing."""
+    rng = np.random.default_rng(7)
+    recipes = ["AmaxScaling()", "DelayedScaling(history_len=16)", "ConstantScaling()", "CurrentScaling()"]
+    slots = tuple(
+        Slot(i, f"blocks.{i // 3}.fc", role, "Fp8Linear", 8, 8, "E4M3FN", recipes[i // 3 % 4], 0)
+        for i in range(6 * 3)
+        for role in [list(Role)[i % 3]]
+    )
+    shape = (RANKS, STEPS, len(slots))
+    level = np.cumsum(rng.normal(0, 0.7, shape), axis=1)
+    numel = np.full(shape, 1e4)
+    rare = rng.random(shape)
+    fields = {
+        "amax": np.where(rare < 0.02, 0.0, 2.0**level),
+        "scale_min": 2.0 ** np.round(-level + rng.normal(0, 2, shape)),
+        "numel": numel,
+        "zeros": np.where(rare < 0.05, numel, 10),
+        "overflow": np.where(rng.random(shape) < 0.1, 3000.0, 0.0),
+        "underflow": np.where(rng.random(shape) < 0.3, 2000.0, 0.0),
+        "nonfinite": np.where(rng.random(shape) < 0.01, 5.0, 0.0),
+    }
+    fields["scale_max"] = fields["scale_min"]
+    for rank in range(RANKS):
+        for start in range(30 + 20 * rank, STEPS, 90):
+            for values in fields.values():
+                values[rank, start : start + 11] = np.nan
+    fields = {name: np.where(rng.random(shape) < 0.01, np.nan, fields[name]) for name in FIELDS_READ}
+    steps = np.cumsum(1 + (rng.random(STEPS) < 0.05))
+    loss = 3 + 0.1 * rng.standard_normal(STEPS) + 4.0 * (rng.random(STEPS) < 0.03)
+    loss[rng.random(STEPS) < 0.01] = np.nan
+    return Window(steps, (0, 1), slots, fields, {"loss": ScalarSeries(steps, loss)})
+
+
+@pytest.mark.parametrize("rows", [5, 64, 200])
+def test_a_run_cut_anywhere_has_the_same_findings(noisy: Window, rows: int) -> None:
+    whole = diagnose([noisy])
+
+    pieces = diagnose(cut(noisy, rows))
+
+    assert len({finding.rule for finding in whole.findings}) >= 14, "the rows make most rules speak"
+    assert [repr(finding) for finding in pieces.findings] == [repr(finding) for finding in whole.findings]
+
+
+def test_the_context_is_bounded_and_ends_with_a_process_life(noisy: Window) -> None:
+    pieces = list(cut(noisy, 140))
+    pieces[2] = replace(pieces[2], life_row=280)
+
+    assert [window.fresh for window in slide(pieces)] == [0, LOOKBACK, 0]
+    assert max(window.steps.size for window in slide(cut(noisy, 50))) == LOOKBACK + 50
+
+
+def test_one_finding_for_an_episode_and_another_after_a_pause() -> None:
+    slots = (Slot(0, "fc", Role.INPUT, "Fp8Linear", 8, 8, "E4M3FN", repr(DelayedScaling()), 0),)
+    shape = (1, 100, 1)
+    fields = {name: np.zeros(shape) for name in FIELDS_READ}
+    fields |= {"amax": np.full(shape, 448.0), "numel": np.full(shape, 1e4)}
+    fields |= {"scale_min": np.ones(shape), "scale_max": np.ones(shape)}
+    for step in (10, 12, 10 + 2 + GAP_ROWS, 60):
+        fields["nonfinite"][0, step] = step
+
+    findings = diagnose([Window(np.arange(100), (0,), slots, fields, {})]).findings
+
+    told = [(f.first_step, f.last_step, f.rows, f.worst_step, f.numbers["count"]) for f in findings]
+    assert told == [(10, 28, 3, 28, 28), (60, 60, 1, 60, 60)]
+
+
+def test_the_worst_come_first_and_among_them_the_first_in_the_order_of_computation(noisy: Window) -> None:
+    findings = diagnose([noisy]).findings
+
+    assert [f.severity for f in findings] == sorted((f.severity for f in findings), reverse=True)
+    critical = [f for f in findings if f.severity == Severity.CRITICAL]
+    assert [f.first_step for f in critical] == sorted(f.first_step for f in critical)
+    assert {f.slot.role for f in critical if f.slot} == set(Role)
+
+
+def test_a_nan_forward_is_told_in_model_order_and_backward_from_the_end() -> None:
+    slots = tuple(
+        Slot(3 * i + j, f"blocks.{i}.fc", role, "Fp8Linear", 8, 8, "E4M3FN", "AmaxScaling()", 0)
+        for i in range(3)
+        for j, role in enumerate(Role)
+    )
+    shape = (1, 4, len(slots))
+    fields = {name: np.ones(shape) for name in FIELDS_READ} | {
+        "numel": np.full(shape, 9.0),
+        "amax": np.full(shape, 448),
+    }
+    fields |= {"zeros": np.zeros(shape), "overflow": np.zeros(shape), "underflow": np.zeros(shape)}
+    fields["nonfinite"][:, :2] = 0
+
+    findings = diagnose([Window(np.arange(4), (0,), slots, fields, {})]).findings
+
+    order = [(f.slot.layer[7], str(f.slot.role)) for f in findings if f.slot]
+    assert order[:2] == [("0", "input"), ("0", "weight")]
+    assert order[-3:] == [("2", "grad_output"), ("1", "grad_output"), ("0", "grad_output")]
