@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import re
 import signal
@@ -23,15 +22,17 @@ import grpc
 import numpy as np
 import pytest
 import sqlalchemy as sa
+import structlog
 import zstandard
 from prometheus_client.parser import text_string_to_metric_families
 
 from fp8core.records import FIELDS
+from fp8scope_collector.cli import main
 from fp8scope_collector.storage.engine import open_engine
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 
-READY = re.compile(r"grpc (\S+), metrics (http://\S+)/metrics, database (.+)")
+READY = re.compile(r"grpc (\S+), metrics (https?://\S+)/metrics, database (.+)")
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
 
 
@@ -133,10 +134,25 @@ def wire() -> type[Wire]:
 class Stream:
     """An agent's half of a stream, call by call."""
 
-    def __init__(self, address: str, opening: pb.Open | None) -> None:
-        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+    def __init__(
+        self,
+        address: str,
+        opening: pb.Open | None,
+        *,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channel = (
+            grpc.secure_channel(address, credentials, options)
+            if credentials
+            else grpc.insecure_channel(address, options)
+        )
+        metadata = [("authorization", f"Bearer {token}")] if token else []
         self._outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-        self.call = pb_grpc.TelemetryStub(self._channel).Stream(iter(self._outgoing.get, None), timeout=60)
+        self.call = pb_grpc.TelemetryStub(self._channel).Stream(
+            iter(self._outgoing.get, None), timeout=60, metadata=metadata
+        )
         self.up_to_seq = 0
         self.draining = False
         if opening is not None:
@@ -188,8 +204,8 @@ def connect() -> Iterator[Callable[[str, pb.Open | None], Stream]]:
     """A function: a stream to an address, opened with the given message (None: nothing is sent yet)."""
     with contextlib.ExitStack() as stack:
 
-        def open_stream(address: str, opening: pb.Open | None) -> Stream:
-            stream = Stream(address, opening)
+        def open_stream(address: str, opening: pb.Open | None, **access: Any) -> Stream:
+            stream = Stream(address, opening, **access)
             stack.callback(stream.close)
             return stream
 
@@ -233,17 +249,16 @@ class Collector:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
-def _start(url: str, log: Path, **env: str) -> Collector:
+def _start(url: str, log: Path, *arguments: object) -> Collector:
     with log.open("a") as errors:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "fp8scope_collector", "serve", "--db", url),
-                *("--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
+                *("--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *map(str, arguments)),
             ],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=os.environ | env,
         )
     assert process.stdout
     line = process.stdout.readline()
@@ -257,8 +272,8 @@ def start_collector(tmp_path: Path) -> Iterator[Callable[..., Collector]]:
     """A function: a collector on the database `url`, ended with the test."""
     started: list[Collector] = []
 
-    def start(url: str) -> Collector:
-        started.append(_start(url, tmp_path / f"collector-{len(started)}.log"))
+    def start(url: str, *arguments: object) -> Collector:
+        started.append(_start(url, tmp_path / f"collector-{len(started)}.log", *arguments))
         return started[-1]
 
     yield start
@@ -282,3 +297,27 @@ def shared_collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     collector.process.wait()
     assert collector.process.stdout
     collector.process.stdout.close()
+
+
+@dataclass
+class Said:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Said]:
+    """A function: runs the command in this process; its exit code is 0, or 1 if it `fails`."""
+
+    def call(*arguments: str, fails: bool = False) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fp8scope", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        structlog.reset_defaults()
+        out, err = capfdbinary.readouterr()
+        assert ended.value.code == (1 if fails else 0), err
+        return Said(out.decode(), err.decode())
+
+    return call

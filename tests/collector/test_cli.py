@@ -9,24 +9,21 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-import structlog
 
 from fp8core.records import FIELDS
-from fp8scope_collector.cli import main
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
-Run = Callable[..., "Said"]
+Run = Callable[..., Any]
 COLUMNS = ["run", "incarnation", "rank", "layer", "role", "step", *(field.name for field in FIELDS)]
 
 
@@ -245,27 +242,3 @@ def test_a_full_disk_is_a_sentence(stored: str) -> None:
     assert failed.stderr.startswith("fp8scope: ")
     assert "No space left on device" in failed.stderr
     assert "Traceback" not in failed.stderr
-
-
-@dataclass
-class Said:
-    """What a command printed."""
-
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
-    """A function: runs the command in this process; its exit code is 0, or 1 if it `fails`."""
-
-    def call(*arguments: str, fails: bool = False) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fp8scope", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        structlog.reset_defaults()
-        out, err = capfdbinary.readouterr()
-        assert ended.value.code == (1 if fails else 0), err
-        return Said(out.decode(), err.decode())
-
-    return call
