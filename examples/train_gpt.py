@@ -195,7 +195,7 @@ def train(args: argparse.Namespace) -> Result:
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(*next(data))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
