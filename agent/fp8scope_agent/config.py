@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .addresses import DEFAULT_COLLECTOR, parse_addresses
@@ -41,7 +41,7 @@ class Settings:
     rank: int
     world_size: int
     addresses: tuple[str, ...]
-    token: str | None
+    token: str | None = field(repr=False)
     spool_dir: Path
     spool_bytes: int
     linger_s: float

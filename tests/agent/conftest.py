@@ -19,7 +19,7 @@ from fake_collector import FakeCollector
 def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One thread, and no setting of the machine's."""
     torch.set_num_threads(1)
-    for name in ("COLLECTOR", "TOKEN", "SPOOL_BYTES"):
+    for name in ("COLLECTOR", "TOKEN", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY", "SPOOL_BYTES"):
         monkeypatch.delenv(f"FP8SCOPE_{name}", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

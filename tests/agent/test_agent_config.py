@@ -45,6 +45,7 @@ def test_variables_are_used_and_arguments_win(tmp_path: Path) -> None:
     assert (by_variable.token, by_variable.spool_dir) == ("from-environment", Path("/elsewhere"))
     assert (by_variable.spool_bytes, by_variable.linger_s) == (20_000_000, 2.5)
     assert (by_argument.addresses, by_argument.token, by_argument.spool_dir) == (("c:3",), "given", tmp_path)
+    assert "given" not in repr(by_argument)
 
 
 def test_the_rank_comes_from_the_argument_then_the_process_group_then_the_variables() -> None:
