@@ -40,7 +40,8 @@ class DemoError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     args, training_options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that runs this in the background has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         with contextlib.ExitStack() as stack:
             return demo(args, training_options, stack)
@@ -179,7 +180,7 @@ class Child:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_begin,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         if not show:
@@ -266,7 +267,8 @@ def _complaint(line: str) -> str:
     return f"{event.get('event')}: {detail}" if detail else str(event.get("event"))
 
 
-def _die_with_parent() -> None:
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
