@@ -243,7 +243,7 @@ class Ingest:
             except Exception as error:
                 if not is_transient(error):
                     raise
-                self._report_database(str(error))
+                self._report_database(str(getattr(error, "orig", None) or error))
                 if self._halt.wait(pause_s):
                     raise _HaltedError from error
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
