@@ -60,4 +60,4 @@ def test_every_decision_page_is_a_claim_that_says_what_would_break_it() -> None:
     pages = [name for name in PAGES if name.startswith("docs/adr/") and not name.endswith("README.md")]
 
     assert pages
-    assert [name for name in pages if "A change breaks this when it" not in (ROOT / name).read_text()] == []
+    assert [name for name in pages if "A change breaks this when" not in (ROOT / name).read_text()] == []
