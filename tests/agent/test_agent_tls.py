@@ -122,7 +122,7 @@ def test_a_client_certificate_opens_a_collector_that_asks_for_one(
         ("tls", "other ca", "certificate", ["is not trusted", "unable to get local issuer certificate"]),
         ("mtls", "tls", "client_certificate", ["(it was shown none)", "FP8SCOPE_TLS_CLIENT_CERT"]),
         ("mtls", "other's", "client_certificate", ["does not accept this agent's certificate", "other-agent.pem)"]),
-        ("mtls", "expired", "client_certificate", ["(it was shown /", "authority-agent.pem)", "FP8SCOPE_TLS_CLIENT_KEY"]),
+        ("mtls", "expired", "client_certificate", ["(it was shown /", "authority-agent.pem)", "TLS_CLIENT_KEY"]),
         ("tls", "gone", "tls_files", ["FP8SCOPE_TLS_CA", "cannot be read (No such file or directory)"]),
     ],
 )
