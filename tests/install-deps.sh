@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need beyond Python: a browser and fonts, PostgreSQL, Prometheus, Alertmanager, a C++ compiler.
+# Installs what the tests need beyond Python: a browser and fonts, PostgreSQL, Prometheus, Alertmanager, OpenSSL, a C++ compiler.
 #
 # By apt-get, as root, and only what is missing; otherwise it prints the command to run. The services that the
 # packages bring are not started: the tests start their own, on free ports, and end them.
@@ -26,6 +26,7 @@ need fonts-dejavu-core has_fonts
 need fonts-liberation has_sans
 need g++ has g++
 need iproute2 has ss
+need openssl has openssl
 need postgresql has_postgresql
 need prometheus has_prometheus
 need prometheus-alertmanager has_alertmanager
