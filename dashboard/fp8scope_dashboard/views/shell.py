@@ -51,8 +51,9 @@ def here() -> links.Where:
 
 
 def move(where: links.Where) -> None:
-    """Changes the address of this view."""
-    st.query_params.from_dict(where.params())
+    """Changes the address of this view. Setting it to what it is would put it into the browser's history again."""
+    if here() != where:
+        st.query_params.from_dict(where.params())
 
 
 def follow(event: panel.Event | None) -> None:
