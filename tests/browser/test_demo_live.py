@@ -65,8 +65,9 @@ def test_the_demo_is_seen_live_and_leads_to_a_tensor(
     assert box is not None
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_url(re.compile(r"layer=blocks"))
-    expect(page.get_by_text("headroom").first).to_be_visible()
-    page.wait_for_function("() => document.querySelectorAll('.fs-plot .scatterlayer .trace').length > 0")
+    expect(page.locator(".fs-crumbs")).to_contain_text("blocks.", timeout=PATIENCE_MS)
+    expect(page.get_by_text("worst tensors")).to_be_hidden(timeout=PATIENCE_MS)
+    expect(page.get_by_text("SQNR").first).to_be_visible(timeout=PATIENCE_MS)
     page.screenshot(path=pictures / "tensor.png", full_page=True)
     page.go_back()
     page.wait_for_function("() => !location.search.includes('layer=')")

@@ -30,6 +30,7 @@ QUANTITIES: dict[Quantity, str] = {
 ALL = "all"
 RECENT_STEPS = 100
 WORST = 12
+REDRAW = 1.1  # a run that is longer by this factor gets new controls, so that the range's end is never far behind
 
 
 def view() -> None:
@@ -45,7 +46,7 @@ def view() -> None:
         st.fragment(_wait_for_rows, run_every=shell.TICK_S)(run.ref)
         return
     _controls(where, run)
-    st.fragment(shell.guarded(_body), run_every=shell.live(run))(where)
+    st.fragment(shell.guarded(_body), run_every=shell.live(run))(where, run.last_step or 0)
 
 
 def _header(where: links.Where) -> None:
@@ -108,10 +109,12 @@ def _filter(where: links.Where) -> None:
     )
 
 
-def _body(where: links.Where) -> None:
+def _body(where: links.Where, drawn_to: int) -> None:
     run = queries.run(where.run)
     if run is None or run.last_step is None or run.first_step is None:
         return
+    if where.last_step is None and run.last_step > drawn_to * REDRAW:
+        st.rerun()
     slots = [slot for slot in links.matching(queries.slots_of(run), where.filter) if where.role in (None, slot.role)]
     if not slots:
         st.info(f"No layer matches {shell.escaped(where.filter)}. A glob must match the whole name: blocks.1\\*.mlp\\*")
