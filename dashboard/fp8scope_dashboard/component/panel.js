@@ -371,7 +371,7 @@ function dot(state, color) {
   return node;
 }
 
-// A true link, so that it opens in a new tab; a plain click stays in this session.
+// A true link, so that it opens in a new tab; a plain click stays in this page.
 function link(state, to, text, className) {
   const node = element("a", className, text);
   const query = new URLSearchParams(to).toString();
