@@ -120,6 +120,20 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
         raise RefusedError(f"seq {message.seq}: {refused}", refused.code) from None
 
 
+def decode_histograms(message: pb.HistogramBatch, source: Source, limits: Limits) -> Batch:
+    """The checked form of a batch of histograms: its number and drops; the counts themselves are not kept yet.
+
+    Raises:
+        RefusedError: INVALID_ARGUMENT; the sentence begins with the batch's seq.
+    """
+    try:
+        _between("seq", message.seq, 1, _INT64)
+        drops = decode_drops(message.drops, limits)
+    except RefusedError as refused:
+        raise RefusedError(f"seq {message.seq}: {refused}", refused.code) from None
+    return Batch(source=source, seq=message.seq, size_bytes=message.ByteSize(), drops=drops)
+
+
 def decode_finish(message: pb.Finish, source: Source, limits: Limits) -> Batch:
     """The checked form of a source's end.
 

@@ -20,7 +20,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fp8scope_collector.auth import Gate
 from fp8scope_collector.config import ConfigError, ServeConfig
-from fp8scope_collector.decode import RefusedError, decode_drops, decode_finish, decode_open, decode_stats
+from fp8scope_collector.decode import (
+    RefusedError,
+    decode_drops,
+    decode_finish,
+    decode_histograms,
+    decode_open,
+    decode_stats,
+)
 from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest, Lane
 from fp8scope_collector.limits import Limits
@@ -196,7 +203,12 @@ class TelemetryService(pb_grpc.TelemetryServicer):
 
     async def _converse(self, context: Context, source: Source, token: Token | None) -> None:
         """Reads in a task of its own; here acknowledgements leave as commits come in."""
-        opened = pb.Opened(incarnation=source.incarnation, up_to_seq=source.up_to_seq, server_version=VERSION)
+        opened = pb.Opened(
+            incarnation=source.incarnation,
+            up_to_seq=source.up_to_seq,
+            server_version=VERSION,
+            takes_histograms=True,
+        )
         await context.write(pb.ServerMessage(opened=opened, window=self._limits.window))
         lane = Lane(source)
         self._lanes.add(lane)
@@ -270,11 +282,13 @@ class TelemetryService(pb_grpc.TelemetryServicer):
     def _decode(self, message: pb.ClientMessage, kind: str | None, source: Source) -> Batch:
         if kind == "stats":
             return decode_stats(message.stats, source, self._limits)
+        if kind == "histograms":
+            return decode_histograms(message.histograms, source, self._limits)
         if kind == "finish":
             return decode_finish(message.finish, source, self._limits)
         if kind == "open":
-            raise RefusedError("open came a second time; expected stats, finish or heartbeat")
-        raise RefusedError("the message is empty; expected stats, finish or heartbeat")
+            raise RefusedError("open came a second time; expected stats, histograms, finish or heartbeat")
+        raise RefusedError("the message is empty; expected stats, histograms, finish or heartbeat")
 
 
 def _authorization(context: Context) -> list[str]:

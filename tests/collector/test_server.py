@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import sqlalchemy as sa
+import zstandard
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fp8scope_collector.storage.engine import open_engine
@@ -100,6 +103,36 @@ def test_gaps_in_the_numbers_are_fine(shared_collector: Any, connect: Connect, w
     assert _rows(engine, run) == 18
 
 
+def test_histograms_are_numbered_with_the_batches(shared_collector: Any, connect: Connect, wire: Any, run: str) -> None:
+    collector, engine = shared_collector
+    stream = connect(collector.grpc, wire.open(run))
+    assert stream.opened.takes_histograms
+    packed = pb.HistogramColumns(
+        step=np.array([2, 2], "<u8").tobytes(),
+        slot=np.array([0, 5], "<u4").tobytes(),
+        first_bin=np.array([120, 0], "u1").tobytes(),
+        bins=np.array([3, 0], "<u2").tobytes(),
+        counts=np.array([7, 0, 9], "<u8").tobytes(),
+    ).SerializeToString()
+    histograms = pb.HistogramBatch(
+        seq=3,
+        sent_unix_ns=1,
+        rows=2,
+        compression=pb.COMPRESSION_ZSTD,
+        columns_bytes=len(packed),
+        columns_crc32=zlib.crc32(packed),
+        columns=zstandard.compress(packed, 1),
+    )
+
+    stream.send(stats=wire.stats(2, wire.columns(2)))
+    stream.send(histograms=histograms)
+    stream.send(stats=wire.stats(4, wire.columns(4)))
+    stream.wait_ack(4)
+
+    assert _rows(engine, run) == 12
+    assert _source(engine, run)[0] == 4
+
+
 def test_a_refused_batch_leaves_the_earlier_ones_committed_and_acknowledged(
     shared_collector: Any, connect: Connect, wire: Any, run: str
 ) -> None:
@@ -123,8 +156,12 @@ def test_a_refused_batch_leaves_the_earlier_ones_committed_and_acknowledged(
     [
         (["heartbeat"], "INVALID_ARGUMENT", "the first message is heartbeat; expected open"),
         ([""], "INVALID_ARGUMENT", "the first message is None; expected open"),
-        (["open", "open"], "INVALID_ARGUMENT", "open came a second time; expected stats, finish or heartbeat"),
-        (["open", ""], "INVALID_ARGUMENT", "the message is empty; expected stats, finish or heartbeat"),
+        (
+            ["open", "open"],
+            "INVALID_ARGUMENT",
+            "open came a second time; expected stats, histograms, finish or heartbeat",
+        ),
+        (["open", ""], "INVALID_ARGUMENT", "the message is empty; expected stats, histograms, finish or heartbeat"),
         (["open", "2", "2"], "INVALID_ARGUMENT", "seq 2: came after seq 2; expected a greater number"),
         (["open", "finish 3", "4"], "FAILED_PRECONDITION", "seq 4: the source has finished; expected no more of it"),
     ],

@@ -33,6 +33,8 @@ class Source:
     rows: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)  # by (step, slot)
     duplicate_rows: int = 0
     scalars: dict[tuple[str, int], float] = field(default_factory=dict)  # by (name, step)
+    extras: dict[tuple[str, int, int], float] = field(default_factory=dict)  # by (name, step, slot)
+    histograms: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # by (step, slot), 256 counts
     drops: dict[str, int] = field(default_factory=dict)
     finish: pb.Finish | None = None
     opens: int = 0
@@ -53,6 +55,7 @@ class Behaviour:
     refuse_code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
     refuse_open: tuple[grpc.StatusCode, str] | None = None
     draining: bool = False
+    takes_histograms: bool = True
     window: int = 8
 
 
@@ -116,7 +119,11 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
         with self._lock:
             source = self.sources.setdefault(first.source_uuid, Source(first))
             source.opens += 1
-            opened = pb.Opened(incarnation=first.incarnation, up_to_seq=source.up_to_seq)
+            opened = pb.Opened(
+                incarnation=first.incarnation,
+                up_to_seq=source.up_to_seq,
+                takes_histograms=behaviour.takes_histograms,
+            )
         yield pb.ServerMessage(opened=opened, window=behaviour.window)
         commits = 0
         for message in request_iterator:
@@ -145,7 +152,7 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
 
     def _commit(self, source: Source, message: pb.ClientMessage) -> None:
         body = message.WhichOneof("body")
-        assert body in ("stats", "finish"), body
+        assert body in ("stats", "histograms", "finish"), body
         seq = getattr(message, body).seq
         if seq <= source.up_to_seq:
             source.resent += 1
@@ -156,11 +163,21 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
             source.finish = message.finish
             source.drops.update({drop.reason: drop.rows for drop in message.finish.drops})
             return
+        if body == "histograms":
+            assert self.behaviour.takes_histograms
+            source.drops.update({drop.reason: drop.rows for drop in message.histograms.drops})
+            for key, counts in decode_histograms(message.histograms).items():
+                assert key not in source.histograms
+                source.histograms[key] = counts
+            return
         batch = message.stats
         source.drops.update({drop.reason: drop.rows for drop in batch.drops})
         for scalar in batch.scalars:
             assert (scalar.name, scalar.step) not in source.scalars
             source.scalars[scalar.name, scalar.step] = scalar.value
+        for extra in batch.extras:
+            assert (extra.name, extra.step, extra.slot) not in source.extras
+            source.extras[extra.name, extra.step, extra.slot] = extra.value
         columns = decode_columns(batch)
         for index in range(batch.rows):
             key = int(columns["step"][index]), int(columns["slot"][index])
@@ -170,6 +187,34 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
 
 def decode_columns(batch: pb.StatsBatch) -> dict[str, np.ndarray]:
     """The columns of a batch, checked as a collector would."""
+    message = pb.StatsColumns.FromString(decompress(batch))
+    columns = {"step": np.frombuffer(message.step, "<u8"), "slot": np.frombuffer(message.slot, "<u4")}
+    for entry in FIELDS:
+        columns[entry.name] = np.frombuffer(getattr(message, entry.name), _DTYPES[entry.dtype])
+    assert {len(column) for column in columns.values()} == {batch.rows}
+    return columns
+
+
+def decode_histograms(batch: pb.HistogramBatch) -> dict[tuple[int, int], np.ndarray]:
+    """The histograms of a batch by (step, slot), 256 counts each, checked as a collector would."""
+    message = pb.HistogramColumns.FromString(decompress(batch))
+    step, slot = np.frombuffer(message.step, "<u8"), np.frombuffer(message.slot, "<u4")
+    first, bins = np.frombuffer(message.first_bin, "u1"), np.frombuffer(message.bins, "<u2").astype(int)
+    counts = np.frombuffer(message.counts, "<u8")
+    assert {len(step), len(slot), len(first), len(bins)} == {batch.rows}
+    assert len(counts) == bins.sum()
+    ends = bins.cumsum()
+    full = np.zeros((batch.rows, 256), np.uint64)
+    for index in range(batch.rows):
+        assert first[index] + bins[index] <= 256
+        trimmed = counts[ends[index] - bins[index] : ends[index]]
+        assert not len(trimmed) or (trimmed[0] and trimmed[-1])
+        full[index, first[index] : first[index] + bins[index]] = trimmed
+    return {(int(step[index]), int(slot[index])): full[index] for index in range(batch.rows)}
+
+
+def decompress(batch: pb.StatsBatch | pb.HistogramBatch) -> bytes:
+    """The serialised columns of a batch."""
     data = batch.columns
     if batch.compression == pb.COMPRESSION_ZSTD:
         data = zstandard.ZstdDecompressor().decompress(data, max_output_size=batch.columns_bytes)
@@ -177,9 +222,4 @@ def decode_columns(batch: pb.StatsBatch) -> dict[str, np.ndarray]:
         assert batch.compression == pb.COMPRESSION_NONE
     assert len(data) == batch.columns_bytes
     assert zlib.crc32(data) == batch.columns_crc32
-    message = pb.StatsColumns.FromString(data)
-    columns = {"step": np.frombuffer(message.step, "<u8"), "slot": np.frombuffer(message.slot, "<u4")}
-    for entry in FIELDS:
-        columns[entry.name] = np.frombuffer(getattr(message, entry.name), _DTYPES[entry.dtype])
-    assert {len(column) for column in columns.values()} == {batch.rows}
-    return columns
+    return data

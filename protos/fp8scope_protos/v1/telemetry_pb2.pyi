@@ -36,16 +36,18 @@ OUTCOME_FINISHED: Outcome
 OUTCOME_FAILED: Outcome
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "stats", "finish", "heartbeat")
+    __slots__ = ("open", "stats", "finish", "heartbeat", "histograms")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
     open: Open
     stats: StatsBatch
     finish: Finish
     heartbeat: Heartbeat
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., stats: _Optional[_Union[StatsBatch, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    histograms: HistogramBatch
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., stats: _Optional[_Union[StatsBatch, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., histograms: _Optional[_Union[HistogramBatch, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("opened", "ack", "window", "draining", "requests")
@@ -123,7 +125,7 @@ class Slot(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., layer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., format: _Optional[str] = ..., recipe: _Optional[str] = ..., margin: _Optional[int] = ..., module_class: _Optional[str] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ...) -> None: ...
 
 class StatsBatch(_message.Message):
-    __slots__ = ("seq", "sent_unix_ns", "rows", "compression", "columns_bytes", "columns_crc32", "columns", "scalars", "drops")
+    __slots__ = ("seq", "sent_unix_ns", "rows", "compression", "columns_bytes", "columns_crc32", "columns", "scalars", "drops", "extras")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +135,7 @@ class StatsBatch(_message.Message):
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     DROPS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     sent_unix_ns: int
     rows: int
@@ -142,7 +145,8 @@ class StatsBatch(_message.Message):
     columns: bytes
     scalars: _containers.RepeatedCompositeFieldContainer[Scalar]
     drops: _containers.RepeatedCompositeFieldContainer[Drop]
-    def __init__(self, seq: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ..., rows: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., columns_bytes: _Optional[int] = ..., columns_crc32: _Optional[int] = ..., columns: _Optional[bytes] = ..., scalars: _Optional[_Iterable[_Union[Scalar, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ...) -> None: ...
+    extras: _containers.RepeatedCompositeFieldContainer[Extra]
+    def __init__(self, seq: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ..., rows: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., columns_bytes: _Optional[int] = ..., columns_crc32: _Optional[int] = ..., columns: _Optional[bytes] = ..., scalars: _Optional[_Iterable[_Union[Scalar, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ..., extras: _Optional[_Iterable[_Union[Extra, _Mapping]]] = ...) -> None: ...
 
 class StatsColumns(_message.Message):
     __slots__ = ("step", "slot", "amax", "scale_min", "scale_max", "numel", "zeros", "overflow", "underflow", "subnormal", "nonfinite", "sum_sq", "err_sq")
@@ -184,6 +188,52 @@ class Scalar(_message.Message):
     value: float
     def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
+class Extra(_message.Message):
+    __slots__ = ("step", "slot", "name", "value")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    slot: int
+    name: str
+    value: float
+    def __init__(self, step: _Optional[int] = ..., slot: _Optional[int] = ..., name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class HistogramBatch(_message.Message):
+    __slots__ = ("seq", "sent_unix_ns", "rows", "compression", "columns_bytes", "columns_crc32", "columns", "drops")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_CRC32_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    DROPS_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    sent_unix_ns: int
+    rows: int
+    compression: Compression
+    columns_bytes: int
+    columns_crc32: int
+    columns: bytes
+    drops: _containers.RepeatedCompositeFieldContainer[Drop]
+    def __init__(self, seq: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ..., rows: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., columns_bytes: _Optional[int] = ..., columns_crc32: _Optional[int] = ..., columns: _Optional[bytes] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ...) -> None: ...
+
+class HistogramColumns(_message.Message):
+    __slots__ = ("step", "slot", "first_bin", "bins", "counts")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BIN_FIELD_NUMBER: _ClassVar[int]
+    BINS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    step: bytes
+    slot: bytes
+    first_bin: bytes
+    bins: bytes
+    counts: bytes
+    def __init__(self, step: _Optional[bytes] = ..., slot: _Optional[bytes] = ..., first_bin: _Optional[bytes] = ..., bins: _Optional[bytes] = ..., counts: _Optional[bytes] = ...) -> None: ...
+
 class Drop(_message.Message):
     __slots__ = ("reason", "rows")
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -217,14 +267,16 @@ class Heartbeat(_message.Message):
     def __init__(self, sent_unix_ns: _Optional[int] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("incarnation", "up_to_seq", "server_version")
+    __slots__ = ("incarnation", "up_to_seq", "server_version", "takes_histograms")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     UP_TO_SEQ_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TAKES_HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     up_to_seq: int
     server_version: str
-    def __init__(self, incarnation: _Optional[int] = ..., up_to_seq: _Optional[int] = ..., server_version: _Optional[str] = ...) -> None: ...
+    takes_histograms: bool
+    def __init__(self, incarnation: _Optional[int] = ..., up_to_seq: _Optional[int] = ..., server_version: _Optional[str] = ..., takes_histograms: bool = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("up_to_seq",)
