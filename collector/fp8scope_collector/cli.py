@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ import typer
 
 from fp8scope_collector import token_cli
 from fp8scope_collector.config import ConfigError, parse_address, serve_config
+from fp8scope_collector.storage.acknowledge import AcknowledgeError
 from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
 from fp8scope_collector.storage.readmodels import RunNotFound, RunSummary
 from fp8scope_collector.storage.tokens import TokenError
@@ -55,7 +57,7 @@ def main() -> None:
         _fail(f"{where}{error.strerror or error}")
     except sa.exc.DBAPIError as error:
         _fail(f"the database failed: {' '.join(str(error.orig).split())}")
-    except (StorageError, ConfigError, RunNotFound, TokenError) as error:
+    except (StorageError, ConfigError, RunNotFound, TokenError, AcknowledgeError) as error:
         _fail(str(error))
 
 
@@ -187,6 +189,65 @@ def diagnose(
 
 
 @app.command()
+def findings(
+    run: Annotated[str | None, typer.Argument(help="A run's name, or project/name; else all runs.")] = None,
+    db: Database = DEFAULT_URL,
+    everything: Annotated[bool, typer.Option("--all", help="Closed ones too.")] = False,
+    severity: Annotated[Literal["info", "warning", "critical"], typer.Option(help="From this one on.")] = "warning",
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+) -> None:
+    """List what the collector's diagnosis found, worst first; `fp8scope diagnose` looks anew."""
+    from fp8scope_collector.storage.reader import Reader
+
+    reader = Reader(db)
+    found = reader.findings(reader.run(run).id if run else None, open_only=not everything, severity=severity)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
+        return
+    rows = [("ID", "SEVERITY", "RULE", "RUN", "TENSOR", "STEPS", "STATE", "EVIDENCE")]
+    for finding in found:
+        steps = f"{finding.first_step}-{finding.last_step}"
+        state = finding.ending or ("open" if finding.acknowledged_unix_ns is None else "acknowledged")
+        rows.append(
+            (
+                str(finding.id),
+                finding.severity,
+                finding.rule,
+                finding.run,
+                finding.tensor,
+                steps,
+                state,
+                finding.evidence,
+            )
+        )
+    _print_columns(rows)
+
+
+@app.command()
+def ack(
+    finding: Annotated[int, typer.Argument(help="A finding's number, as `fp8scope findings` has it.")],
+    reason: Annotated[str, typer.Option(help="Why it needs nobody else: what was done, or why nothing.")] = "",
+    by: Annotated[str, typer.Option(help="Who says so.")] = "",
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take an acknowledgement back.")] = False,
+    db: Database = DEFAULT_URL,
+) -> None:
+    """Acknowledge a finding: somebody has seen it, and why that is enough."""
+    import getpass
+
+    from fp8scope_collector.storage.acknowledge import Acknowledger
+
+    acknowledger = Acknowledger(db)
+    if withdraw:
+        found = acknowledger.withdraw(finding)
+        print(f"finding {found.id} ({found.rule}, {found.tensor}) is acknowledged no more", file=sys.stderr)
+        return
+    found = acknowledger.acknowledge(finding, by=by or getpass.getuser(), reason=reason)
+    print(
+        f"finding {found.id} ({found.rule}, {found.tensor}) is acknowledged by {found.acknowledged_by}", file=sys.stderr
+    )
+
+
+@app.command()
 def dashboard(
     db: Database = DEFAULT_URL,
     listen: Annotated[
@@ -226,6 +287,10 @@ def _print_table(found: list[RunSummary]) -> None:
         rows.append(
             (run.ref, run.state, steps, f"{run.rows:,}", ranks, f"{run.dropped_rows:,}", seen, " ".join(run.tags))
         )
+    _print_columns(rows)
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -24,6 +24,7 @@ from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import StorageError, display_url, open_engine
+from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.history import (
     FIRST_STEP,
     LAST_STEP,
@@ -52,8 +53,10 @@ from fp8scope_collector.storage.readmodels import (
     RunSummary,
     Scalar,
     Series,
+    Severity,
     Slot,
     State,
+    StoredFinding,
     Worst,
 )
 
@@ -67,9 +70,11 @@ __all__ = [
     "RunSummary",
     "Scalar",
     "Series",
+    "Severity",
     "Slot",
     "State",
     "StorageError",
+    "StoredFinding",
     "Worst",
 ]
 
@@ -386,6 +391,13 @@ class Reader:
                 steps, lasts, counts, missing = (c.astype(np.int64) for c in (first, last, count, count - there))
                 found.append(Scalar(name, steps, lasts, counts, low, high, missing))
         return found
+
+    def findings(
+        self, run_id: int | None = None, *, open_only: bool = False, severity: Severity = "info", limit: int = 1000
+    ) -> list[StoredFinding]:
+        """What diagnosis found, of one run or of all, from `severity` on: worst first, then the newest."""
+        with self._connect() as connection:
+            return read_findings(connection, run_id, open_only=open_only, severity=severity, limit=limit)
 
     def rows(self, run_id: int, *, batch_rows: int = 50_000) -> Iterator[pa.RecordBatch]:
         """Every stored row of all ranks and incarnations, in batches; memory does not grow with the run.

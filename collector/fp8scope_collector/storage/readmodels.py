@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,8 @@ from fp8core.records import Role
 from fp8scope_collector.storage.quantities import Floats, Ints, Quantity
 
 State = Literal["running", "stale", "finished", "failed"]
+Severity = Literal["info", "warning", "critical"]
+Ending = Literal["cleared", "ended", "rewritten"]
 
 
 class RunNotFound(LookupError):  # noqa: N818 - reads as what happened
@@ -132,3 +135,50 @@ class Scalar:
     low: Floats
     high: Floats
     missing: Ints
+
+
+@dataclass(frozen=True)
+class StoredFinding:
+    """An episode of one rule and one tensor, of the whole run where `slot` is None, as the database has it.
+
+    `closed_unix_ns` is None while it is open. `ending` says why it is not: it cleared, the run ended with it, or a
+    resumed run has rewritten its steps. `change` does what `remedy` says, as Python or as a setting, where that can
+    be written down. `numbers` are the evidence at `worst_step`; what was not finite is missing.
+    """
+
+    id: int
+    run_id: int
+    run: str
+    rule: str
+    severity: Severity
+    slot: int | None
+    layer: str
+    role: Role | None
+    ranks: tuple[int, ...]
+    first_step: int
+    last_step: int
+    rows: int
+    worst_step: int
+    numbers: Mapping[str, float]
+    says: str
+    evidence: str
+    cause: str
+    remedy: str
+    change: str
+    opened_unix_ns: int
+    updated_unix_ns: int
+    closed_unix_ns: int | None
+    ending: Ending | None
+    acknowledged_unix_ns: int | None
+    acknowledged_by: str
+    acknowledged_reason: str
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was still so when it was looked at last."""
+        return self.closed_unix_ns is None
+
+    @property
+    def tensor(self) -> str:
+        """What it is about, in words."""
+        return f"{self.role} of {self.layer}" if self.role else "the run"
