@@ -253,12 +253,18 @@ def dashboard(
     listen: Annotated[
         str, typer.Option(envvar="FP8SCOPE_LISTEN", metavar="HOST:PORT", help="Where the browser connects.")
     ] = "127.0.0.1:8501",
+    login: Annotated[
+        Path | None,
+        typer.Option(envvar="FP8SCOPE_LOGIN", metavar="FILE", help="Who may look: a TOML file with [auth] and allow."),
+    ] = None,
 ) -> None:
     """Open the dashboard (the package fp8scope-dashboard)."""
     address = parse_address("--listen", listen)
     if importlib.util.find_spec("fp8scope_dashboard") is None:
         raise ConfigError("the dashboard is not installed; run `pip install fp8scope-dashboard`")
     command = [sys.executable, "-m", "fp8scope_dashboard", "--db", db, "--listen", str(address)]
+    if login is not None:
+        command += ["--login", str(login)]
     os.execv(sys.executable, command)
 
 

@@ -1,6 +1,7 @@
 """`python -m fp8scope_dashboard --db URL --listen HOST:PORT`: serves the dashboard until SIGTERM or SIGINT.
 
-There is no login yet: an address that other machines reach is refused unless `--insecure` says that it is meant.
+An address that other machines reach wants a login (`--login FILE`, see login.py), unless `--insecure` says that it is
+meant to be open.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
+
+from fp8scope_dashboard.login import VARIABLE, read
 
 DEFAULT_DB = "sqlite:///fp8scope.db"
 DEFAULT_LISTEN = "127.0.0.1:8501"
@@ -27,14 +31,23 @@ def main() -> NoReturn:
     parser.add_argument(
         "--insecure", action="store_true", help="listen where other machines can connect, without login"
     )
+    parser.add_argument(
+        "--login",
+        default=os.environ.get(VARIABLE),
+        metavar="FILE",
+        help="who may look: a TOML file with [auth] and allow",
+    )
     arguments = parser.parse_args()
     try:
         host, port = parse_address(arguments.listen)
-        if not arguments.insecure and not is_loopback(host):
+        if not arguments.insecure and not arguments.login and not is_loopback(host):
             raise ValueError(
-                f"{host} can be reached from other machines and the dashboard has no login; "
-                "listen on 127.0.0.1, or say --insecure"
+                f"{host} can be reached from other machines and nobody has to log in; "
+                "say who may look with --login FILE, listen on 127.0.0.1, or say --insecure"
             )
+        if arguments.login:
+            read(Path(arguments.login))
+            os.environ[VARIABLE] = arguments.login
         listener = bind(host, port)
     except ValueError as error:
         sys.exit(f"fp8scope dashboard: {error}")

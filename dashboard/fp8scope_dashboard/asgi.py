@@ -1,4 +1,4 @@
-"""The web application: streamlit running app.py, and the files that our component needs."""
+"""The web application: streamlit running app.py, the files that our component needs, and who may ask for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import importlib
 from pathlib import Path
 
 import streamlit as st
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fp8scope_dashboard import login
 from fp8scope_dashboard.component import assets
 
 
@@ -17,7 +19,13 @@ def create_app() -> st.App:
     """The application, for any ASGI server; what the first browser would wait for is done before it comes."""
     importlib.import_module("fp8scope_dashboard.charts.tensor")  # and with it numpy, pyarrow, SQLAlchemy
     assets.prepare()
-    return st.App(Path(__file__).with_name("app.py"), routes=[Route(f"/{assets.FOLDER}/{{digest}}/{{name}}", _asset)])
+    asked = login.required()
+    return st.App(
+        Path(__file__).with_name("app.py"),
+        routes=[Route(f"/{assets.FOLDER}/{{digest}}/{{name}}", _asset)],
+        secrets={"auth": dict(asked.auth)} if asked else None,
+        middleware=[Middleware(login.Gatekeeper, asked)] if asked else None,
+    )
 
 
 async def _asset(request: Request) -> Response:
