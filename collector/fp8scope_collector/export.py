@@ -6,6 +6,7 @@ Floats are in the shortest form that reads back, as a float64, as exactly the st
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
@@ -44,6 +45,17 @@ def write_rows(batches: Iterator[pa.RecordBatch], file_format: Format, out: str)
             writer.write_batch(batch)
             rows += batch.num_rows
     return rows
+
+
+def table_bytes(table: pa.Table, file_format: Format) -> bytes:
+    """A small table as the content of a file."""
+    sink = io.BytesIO()
+    batches = map(_for_csv, table.to_batches()) if file_format == "csv" else iter(table.to_batches())
+    first = next(batches, None)
+    with _writer(file_format, sink, table.schema if first is None else first.schema) as writer:
+        for batch in itertools.chain([] if first is None else [first], batches):
+            writer.write_batch(batch)
+    return sink.getvalue()
 
 
 @contextmanager

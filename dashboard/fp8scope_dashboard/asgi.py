@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fp8scope_dashboard import login
+from fp8scope_dashboard import download, login
 from fp8scope_dashboard.component import assets
 
 
@@ -22,7 +22,7 @@ def create_app() -> st.App:
     asked = login.required()
     return st.App(
         Path(__file__).with_name("app.py"),
-        routes=[Route(f"/{assets.FOLDER}/{{digest}}/{{name}}", _asset)],
+        routes=[Route(f"/{assets.FOLDER}/{{digest}}/{{name}}", _asset), *download.routes()],
         secrets={"auth": dict(asked.auth)} if asked else None,
         middleware=[Middleware(login.Gatekeeper, asked)] if asked else None,
     )

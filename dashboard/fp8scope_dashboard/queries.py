@@ -6,6 +6,7 @@ asks the run's cursor and reads the columns that may have changed; a resume or a
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -40,7 +41,7 @@ def database_url() -> str:
     return os.environ.get("FP8SCOPE_DB", "sqlite:///fp8scope.db")
 
 
-@st.cache_resource(show_spinner=False)
+@functools.cache
 def _reader(url: str) -> Reader:
     return Reader(url)
 
