@@ -33,7 +33,7 @@ from fp8scope_collector.ingest import Ingest, Lane
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.metrics import Metrics
-from fp8scope_collector.storage.engine import display_url, migrate, open_engine
+from fp8scope_collector.storage.engine import display_url, migrate, open_engine, open_stats
 from fp8scope_collector.storage.registry import ContradictionError
 from fp8scope_collector.storage.tokens import Token, read_all
 from fp8scope_collector.storage.writer import StatsWriter
@@ -61,11 +61,13 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         engine = open_engine(config.db)
         closing.callback(engine.dispose)
         migrate(engine)
+        store = open_stats(config.stats, engine)
+        store.migrate()
         metrics = Metrics(VERSION)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        ingest = Ingest(StatsWriter(engine), metrics, config.limits)
+        ingest = Ingest(StatsWriter(engine, store), metrics, config.limits)
         try:
             gate = _open_gate(config, ingest, closing)
             http = _listen_http(config, metrics, stop, gate, certificate)

@@ -74,7 +74,7 @@ def test_a_newer_database_is_refused_with_a_sentence(database_url: str) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
 
-    with pytest.raises(StorageError, match="version 9999, newer than the 0003 that this fp8scope knows"):
+    with pytest.raises(StorageError, match="version 9999, newer than the 0004 that this fp8scope knows"):
         migrate(engine)
     with pytest.raises(StorageError, match="version 9999, newer than"):
         open_engine(database_url, read_only=True)

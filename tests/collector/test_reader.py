@@ -109,7 +109,7 @@ def record(engine: sa.Engine, seed: int, *, name: str = "gpt", every: int = 1) -
                         row = random_row(rng)
                         recorded.rows[rank, incarnation, step, number] = row
                         rows.append({"source_id": source_id, "step": step, "slot": number, **row})
-                connection.execute(schema.stats.insert(), rows)
+                insert_rows(connection, source_id, rows)
             start = rng.randrange(0, stop)
             stop = start + rng.randrange(5, 60)
     return recorded
@@ -154,6 +154,13 @@ def insert_source(connection: sa.Connection, run_id: int, rank: int = 0, incarna
         "last_seen_unix_ns": NOW - 5 * SECOND,
     } | columns
     return int(connection.execute(schema.source.insert().values(**values)).inserted_primary_key[0])
+
+
+def insert_rows(connection: sa.Connection, source_id: int, rows: list[dict[str, Any]]) -> None:
+    connection.execute(schema.stats.insert(), rows)
+    steps = [row["step"] for row in rows]
+    connection.execute(schema.coverage.insert().values(source_id=source_id, first_step=min(steps), rolled_step=0))
+    connection.execute(schema.source.update().where(schema.source.c.id == source_id).values(last_step=max(steps)))
 
 
 def quantity_of(row: dict[str, Any], largest: float, quantity: str) -> tuple[float, float]:
@@ -305,7 +312,7 @@ def test_cursor_settles_behind_the_slowest_rank_that_still_sends(engine: sa.Engi
         row = {"slot": 0, **random_row(random.Random(0))}
         for rank, steps, seen in [(0, 30, 1), (1, 20, 2), (2, 10, 500)]:
             source = insert_source(connection, run_id, rank, last_seen_unix_ns=NOW - seen * SECOND)
-            connection.execute(schema.stats.insert(), [{"source_id": source, "step": s, **row} for s in range(steps)])
+            insert_rows(connection, source, [{"source_id": source, "step": s, **row} for s in range(steps)])
 
     progress = reader.progress(run_id)
 

@@ -15,14 +15,14 @@ import sqlalchemy as sa
 
 from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, Floats, Ints, ScalarSeries, Window
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.engine import open_engine
-from fp8scope_collector.storage.history import Life, Span, history, owned_spans, steps_of
+from fp8scope_collector.storage.engine import open_engine, open_stats
+from fp8scope_collector.storage.history import Span, lives_of, owned_spans
 from fp8scope_collector.storage.reader import Reader, RunSummary
 from fp8scope_collector.storage.readmodels import Slot
+from fp8scope_collector.storage.stats_store import StatsStore
 
 PIECE_ROWS = 512
 PIECE_CELLS = PIECE_ROWS * 1680  # of all ranks: 70 MB of float64 fields
-_FETCHED_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class StoredRun:
     reader: Reader
     summary: RunSummary
     engine: sa.Engine
+    store: StatsStore
     slots: tuple[Slot, ...]
     last_step: int
 
     def pieces(self, *, piece_rows: int | None = None) -> Iterator[Window]:
         """The run's rows as consecutive windows without context."""
         with self.engine.connect() as connection:
-            lives = self._lives(connection)
+            lives = lives_of(connection, self.summary.id)
             spans = owned_spans(lives, last_step=self.last_step)
             if not spans or not self.slots:
                 return
@@ -65,22 +66,13 @@ class StoredRun:
                     )
                     first_row, after = first_row + part.size, int(part[-1])
 
-    def _lives(self, connection: sa.Connection) -> list[Life]:
-        source, stats = schema.source.c, schema.stats.c
-        ends = [
-            sa.select(end(stats.step)).where(stats.source_id == source.id).scalar_subquery()
-            for end in (sa.func.min, sa.func.max)
-        ]
-        query = sa.select(source.id, source.rank, source.incarnation, *ends).where(source.run_id == self.summary.id)
-        rows = connection.execute(query.order_by(source.incarnation, source.rank)).all()
-        return [Life(*row) for row in rows if row[3] is not None]
-
     def _steps(self, connection: sa.Connection, spans: list[Span]) -> list[tuple[int, int]]:
         """The recorded steps, ascending, each with the newest incarnation that a rank recorded it in."""
-        walk = steps_of(schema.stats, history(spans, {span.incarnation: span.incarnation for span in spans}))
-        query = sa.select(walk.c.step, sa.func.max(walk.c.epoch)).where(walk.c.step <= walk.c.last_step)
-        rows = connection.execute(query.group_by(walk.c.step).order_by(walk.c.step)).all()
-        return [(int(step), int(incarnation)) for step, incarnation in rows]
+        incarnation_of = {span.source_id: span.incarnation for span in spans}
+        newest: dict[int, int] = {}
+        for source_id, step in self.store.steps(connection, spans):
+            newest[step] = max(incarnation_of[source_id], newest.get(step, 0))
+        return sorted(newest.items())
 
     def _slots_of(self, connection: sa.Connection, incarnation: int) -> tuple[Slot, ...]:
         """The slots as this incarnation quantised them."""
@@ -102,23 +94,19 @@ class StoredRun:
         ranks: tuple[int, ...],
         steps: Ints,
     ) -> dict[str, Floats]:
-        stats = schema.stats.c
         shape = (len(ranks), steps.size, len(self.slots))
         fields: dict[str, Floats] = {name: np.full(shape, np.nan) for name in FIELDS_READ}
         numbers = np.array([slot.slot for slot in self.slots])
-        columns = [stats.step, stats.slot, *(stats[name] for name in FIELDS_READ)]
         for span in spans:
             first, last = max(span.first_step, int(steps[0])), min(span.last_step, int(steps[-1]))
             if first > last:
                 continue
             rank = ranks.index(rank_of[span.source_id])
-            query = sa.select(*columns).where(stats.source_id == span.source_id, stats.step.between(first, last))
-            with connection.execution_options(stream_results=True).execute(query) as result:
-                for chunk in result.partitions(_FETCHED_ROWS):
-                    step, slot, *values = zip(*chunk, strict=True)
-                    at = (rank, np.searchsorted(steps, step), np.searchsorted(numbers, slot))
-                    for name, column in zip(FIELDS_READ, values, strict=True):
-                        fields[name][at] = np.array(column, dtype=np.float64)
+            part = replace(span, first_step=first, last_step=last)
+            for batch in self.store.rows(connection, [part], FIELDS_READ):
+                at = (rank, np.searchsorted(steps, batch["step"]), np.searchsorted(numbers, batch["slot"]))
+                for name in FIELDS_READ:
+                    fields[name][at] = batch[name].to_numpy(zero_copy_only=False)
         return fields
 
     def _scalars(self, after: int, last: int) -> dict[str, ScalarSeries]:
@@ -138,4 +126,5 @@ def open_run(url: str, ref: str) -> StoredRun:
     summary = reader.run(ref)
     progress = reader.progress(summary.id)
     last_step = progress.settled_step if progress else -1
-    return StoredRun(reader, summary, open_engine(url, read_only=True), tuple(reader.slots(summary.id)), last_step)
+    engine = open_engine(url, read_only=True)
+    return StoredRun(reader, summary, engine, open_stats(None, engine), tuple(reader.slots(summary.id)), last_step)

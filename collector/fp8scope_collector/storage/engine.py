@@ -20,6 +20,9 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from fp8scope_collector.storage.sql_stats import SqlStats
+from fp8scope_collector.storage.stats_store import StatsStore
+
 DEFAULT_URL = "sqlite:///fp8scope.db"
 BUSY_TIMEOUT_S = 5.0
 _MIGRATION_LOCK = 0x66703873636F7065  # "fp8scope": the advisory lock that one migrating collector holds on PostgreSQL
@@ -62,6 +65,18 @@ def open_engine(url: str, *, read_only: bool = False) -> sa.Engine:
         engine.dispose()
         raise StorageError(f"cannot open database {display_url(engine.url)}: {_reason(error)}") from error
     return engine
+
+
+def open_stats(url: str | None, engine: sa.Engine) -> StatsStore:
+    """Where the statistics are: at `url`, or without one in the database of `engine`.
+
+    Raises:
+        StorageError: the URL is of a database that cannot hold them.
+    """
+    if url is None:
+        return SqlStats(engine.dialect.name)
+    kind = url.partition(":")[0]
+    raise StorageError(f"statistics cannot be in a database of kind {kind!r}; leave it out to keep them in --db")
 
 
 def migrate(engine: sa.Engine) -> None:

@@ -16,6 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from fp8scope_collector.storage import schema
+
 FIRST_STEP, LAST_STEP = 0, 2**62
 
 
@@ -38,6 +40,18 @@ class Span:
     incarnation: int
     first_step: int
     last_step: int
+
+
+def lives_of(connection: sa.Connection, run_id: int) -> list[Life]:
+    """The sources of a run that have, or had, rows, by incarnation and rank."""
+    source, coverage = schema.source.c, schema.coverage.c
+    query = (
+        sa.select(source.id, source.rank, source.incarnation, coverage.first_step, source.last_step)
+        .join_from(schema.source, schema.coverage, coverage.source_id == source.id)
+        .where(source.run_id == run_id)
+        .order_by(source.incarnation, source.rank)
+    )
+    return [Life(*row) for row in connection.execute(query)]
 
 
 def owned_spans(lives: Sequence[Life], first_step: int = FIRST_STEP, last_step: int = LAST_STEP) -> list[Span]:

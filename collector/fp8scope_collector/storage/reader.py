@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.engine import StorageError, display_url, open_engine
+from fp8scope_collector.storage.engine import StorageError, display_url, open_engine, open_stats
 from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.history import (
     FIRST_STEP,
@@ -32,6 +32,7 @@ from fp8scope_collector.storage.history import (
     Span,
     history,
     int_div,
+    lives_of,
     owned_spans,
     steps_of,
 )
@@ -59,6 +60,7 @@ from fp8scope_collector.storage.readmodels import (
     StoredFinding,
     Worst,
 )
+from fp8scope_collector.storage.stats_store import row_schema
 
 __all__ = [
     "QUANTITIES",
@@ -88,8 +90,9 @@ class Reader:
         StorageError: the database is missing, empty, unreachable or of another version.
     """
 
-    def __init__(self, url: str, *, clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, url: str, *, stats: str | None = None, clock: Callable[[], int] = time.time_ns) -> None:
         self._engine = open_engine(url, read_only=True)
+        self._store = open_stats(stats, self._engine)
         self._clock = clock
 
     def close(self) -> None:
@@ -100,11 +103,11 @@ class Reader:
         """All runs, the one heard from last first."""
         with self._connect() as connection:
             runs = connection.execute(sa.select(schema.run)).all()
-            first_step = sa.select(sa.func.min(schema.stats.c.step)).where(
-                schema.stats.c.source_id == schema.source.c.id
-            )
             lives: dict[int, list[sa.Row[Any]]] = {}
-            for life in connection.execute(sa.select(schema.source, first_step.scalar_subquery().label("first_step"))):
+            covered = sa.select(schema.source, schema.coverage.c.first_step).outerjoin_from(
+                schema.source, schema.coverage, schema.coverage.c.source_id == schema.source.c.id
+            )
+            for life in connection.execute(covered):
                 lives.setdefault(life.run_id, []).append(life)
             drops = sa.select(schema.source.c.run_id, sa.cast(sa.func.sum(schema.drop.c.rows), sa.BigInteger))
             drops = drops.join(schema.drop, schema.drop.c.source_id == schema.source.c.id)
@@ -161,7 +164,7 @@ class Reader:
     def progress(self, run_id: int) -> Progress | None:
         """How far the run is; None before its first row. Costs a few seeks for each rank."""
         with self._connect() as connection:
-            lives = self._lives(connection, run_id)
+            lives = lives_of(connection, run_id)
             if not lives:
                 return None
             seen = sa.select(schema.source.c.id, schema.source.c.last_seen_unix_ns, schema.source.c.finished_unix_ns)
@@ -229,7 +232,7 @@ class Reader:
             extremes += [sa.func.min(low), sa.func.max(high)]
         with self._connect() as connection:
             slots = self._numbers(connection, run_id, roles)
-            lives = self._lives(connection, run_id)
+            lives = lives_of(connection, run_id)
             spans = owned_spans(lives, first_step, last_step)
             if not spans or not slots.size:
                 nothing = np.full((2, slots.size, 0), np.nan)
@@ -267,7 +270,7 @@ class Reader:
         """
         low, high = quantity_columns(by)
         with self._connect() as connection:
-            lives = self._lives(connection, run_id)
+            lives = lives_of(connection, run_id)
             if not lives:
                 return []
             end = max(life.last_step for life in lives)
@@ -313,7 +316,7 @@ class Reader:
         """
         check_fields(fields)
         with self._connect() as connection:
-            lives = self._lives(connection, run_id)
+            lives = lives_of(connection, run_id)
             spans = owned_spans(lives, first_step, last_step)
             if not spans:
                 none = np.empty(0)
@@ -406,29 +409,23 @@ class Reader:
         and model order.
         """
         label = next(run.ref for run in self.runs() if run.id == run_id)
-        source, stats, slot = schema.source.c, schema.stats, schema.slot
-        named = sa.and_(slot.c.run_id == run_id, slot.c.slot == stats.c.slot)
-        arrow = {"float32": pa.float32(), "float64": pa.float64(), "uint64": pa.uint64()}
-        fields = [pa.field(name, pa.string() if name in ("layer", "role") else pa.int64()) for name in _ROW_KEY]
-        fields += [pa.field(field.name, arrow[field.dtype]) for field in FIELDS]
-        layout = pa.schema([pa.field("run", pa.string()), *fields])
+        names = [field.name for field in FIELDS]
+        values = row_schema(names)
+        key = [pa.field(name, pa.string() if name in ("layer", "role") else pa.int64()) for name in _ROW_KEY]
+        layout = pa.schema([pa.field("run", pa.string()), *key, *(values.field(name) for name in names)])
+        slots = self.slots(run_id)
+        layers, roles = (pa.array([getattr(slot, of) for slot in slots], pa.string()) for of in ("layer", "role"))
         with self._connect() as connection:
-            lives = sa.select(source.id, source.incarnation, source.rank).where(source.run_id == run_id)
-            for source_id, incarnation, rank in connection.execute(
-                lives.order_by(source.incarnation, source.rank)
-            ).all():
-                query = (
-                    sa.select(slot.c.layer, slot.c.role, stats.c.step, *(stats.c[field.name] for field in FIELDS))
-                    .join_from(stats, slot, named)
-                    .where(stats.c.source_id == source_id)
-                    .order_by(stats.c.step, stats.c.slot)
-                )
-                with connection.execution_options(stream_results=True).execute(query) as result:
-                    for chunk in result.partitions(batch_rows):
-                        columns: list[Any] = [[label] * len(chunk), [incarnation] * len(chunk), [rank] * len(chunk)]
-                        columns += zip(*chunk, strict=True)
-                        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, layout, strict=True)]
-                        yield pa.RecordBatch.from_arrays(arrays, schema=layout)
+            for life in lives_of(connection, run_id):
+                span = Span(life.source_id, life.incarnation, life.first_step, life.last_step)
+                for batch in self._store.rows(connection, [span], names, batch_rows=batch_rows):
+                    count, slot = batch.num_rows, batch.column("slot")
+                    own = [pa.repeat(value, count) for value in (label, life.incarnation, life.rank)]
+                    named = [layers.take(slot), roles.take(slot), batch.column("step")]
+                    columns = [*own, *named, *(batch.column(name) for name in names)]
+                    yield pa.RecordBatch.from_arrays(
+                        [column.cast(field.type) for column, field in zip(columns, layout, strict=True)], schema=layout
+                    )
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sa.Connection]:
@@ -466,17 +463,6 @@ class Reader:
             tags=_tags(run.tags_json),
             outcome_message=next((life.outcome_message for life in newest if life.outcome_message), ""),
         )
-
-    def _lives(self, connection: sa.Connection, run_id: int) -> list[Life]:
-        """The sources of a run that have rows, by incarnation and rank."""
-        source, stats = schema.source.c, schema.stats.c
-        ends = [
-            sa.select(end(stats.step)).where(stats.source_id == source.id).scalar_subquery()
-            for end in (sa.func.min, sa.func.max)
-        ]
-        query = sa.select(source.id, source.rank, source.incarnation, *ends).where(source.run_id == run_id)
-        rows = connection.execute(query.order_by(source.incarnation, source.rank)).all()
-        return [Life(*row) for row in rows if row[3] is not None]
 
     def _scalar_lives(self, connection: sa.Connection, run_id: int) -> Iterator[tuple[str, Life]]:
         """Each name that a source reported, with the steps it has there; names are found by seeks."""
@@ -525,16 +511,7 @@ class Reader:
 
     def _stride(self, connection: sa.Connection, life: Life) -> int:
         """The usual distance between the recorded steps of a life: the median of its last sixteen."""
-        tail = Span(life.source_id, life.incarnation, life.first_step, life.last_step)
-        descending = sa.select(sa.func.max(schema.stats.c.step)).where(
-            schema.stats.c.source_id == tail.source_id, schema.stats.c.step < sa.bindparam("below")
-        )
-        steps = [tail.last_step]
-        while len(steps) <= 16:
-            step = connection.execute(descending, {"below": steps[-1]}).scalar()
-            if step is None:
-                break
-            steps.append(step)
+        steps = self._store.last_steps(connection, life.source_id, 17)
         return int(np.median(-np.diff(steps))) if len(steps) > 1 else 1
 
 

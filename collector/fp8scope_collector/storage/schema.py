@@ -109,6 +109,52 @@ stats = sa.Table(
     sqlite_with_rowid=False,
 )
 
+# Which steps of a source there were ever, and which of them the rollups hold.
+coverage = sa.Table(
+    "coverage",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("first_step", sa.BigInteger, nullable=False, comment="smallest step committed, kept or pruned"),
+    sa.Column("rolled_step", sa.BigInteger, nullable=False, comment="rollups hold exactly the rows of steps below"),
+    sqlite_with_rowid=False,
+)
+
+# Packed arrays over slots, merged over ranks and the steps of a bucket: storage/rollups.py.
+rollup = sa.Table(
+    "rollup",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("level", sa.Integer, primary_key=True, autoincrement=False, comment="steps of a bucket: 16, 256 or 4096"),
+    sa.Column("name", sa.Text, primary_key=True, comment="which array"),
+    sa.Column("incarnation", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("bucket", sa.BigInteger, primary_key=True, autoincrement=False, comment="step // level"),
+    sa.Column(
+        "part", sa.BigInteger, primary_key=True, autoincrement=False, comment="who wrote it; parts are merged on read"
+    ),
+    sa.Column("data", sa.LargeBinary, nullable=False, comment="little-endian values by slot"),
+)
+
+histogram = sa.Table(
+    "histogram",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("first_bin", sa.Integer, nullable=False, comment="bin of the first count"),
+    sa.Column("counts", sa.LargeBinary, nullable=False, comment="little-endian uint64, one for each bin from there"),
+)
+
+extra = sa.Table(
+    "extra",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.Text, primary_key=True, comment="as its library calls it"),
+    sa.Column("value", sa.Double, nullable=True, comment="null: NaN"),
+    sqlite_with_rowid=False,
+)
+
 scalar = sa.Table(
     "scalar",
     metadata,

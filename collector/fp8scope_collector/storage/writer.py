@@ -4,9 +4,8 @@ The watermark is the ledger: `source.up_to_seq` says which batches of a source a
 it is a resend that changes nothing. The source's row is locked before the watermark is read, so two collectors that
 hold the same batch agree on who writes it; groups lock their sources in the order of ids, so they cannot deadlock.
 
-Rows go in by the fastest way that each database has: SQLite by `executemany` of tuples, PostgreSQL by binary COPY of
-numpy records. A (step, slot) that a source sends again, in a later batch or further down in the same, replaces what
-was there.
+The rows themselves are the business of a `StatsStore`. A (step, slot) that a source sends again, in a later batch or
+further down in the same, replaces what was there.
 """
 
 from __future__ import annotations
@@ -17,19 +16,16 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import psycopg
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import schema, tokens
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
 from fp8scope_collector.storage.registry import Insert, register
-
-_COLUMNS = ("source_id", "step", "slot", *(field.name for field in FIELDS))
+from fp8scope_collector.storage.sql_stats import SqlStats
+from fp8scope_collector.storage.stats_store import StatsStore
 
 
 @dataclass(frozen=True)
@@ -63,11 +59,10 @@ class StatsWriter:
     Raises (every method): SQLAlchemy's or the driver's errors; `is_transient` tells which are worth a repetition.
     """
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, store: StatsStore | None = None) -> None:
         self._engine = engine
-        is_sqlite = engine.dialect.name == "sqlite"
-        self._insert: Insert = sqlite.insert if is_sqlite else postgresql.insert
-        self._insert_rows = _insert_sqlite if is_sqlite else _copy_postgresql
+        self._store = store or SqlStats(engine.dialect.name)
+        self._insert: Insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
     def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
         """The source that `opening` describes, new or known; see `registry.register`."""
@@ -77,8 +72,8 @@ class StatsWriter:
     def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
         """Writes in one transaction what of the group is not in the database yet; it is durable on return."""
         with self._engine.begin() as connection:
-            rows = connection.execute(self._lock({batch.source.id for batch in group}))
-            up_to_seq = {row.id: row.up_to_seq for row in rows}
+            locked = connection.execute(self._lock({batch.source.id for batch in group})).all()
+            up_to_seq = {row.id: row.up_to_seq for row in locked}
             order = sorted(range(len(group)), key=lambda index: (group[index].source.id, group[index].seq))
             fresh = [False] * len(group)
             for index in order:
@@ -87,7 +82,8 @@ class StatsWriter:
                     up_to_seq[batch.source.id] = batch.seq
                     fresh[index] = True
             written = [group[index] for index in order if fresh[index]]
-            self._insert_rows(connection, [batch for batch in written if batch.rows])
+            self._store.write(connection, written)
+            self._cover(connection, written, {row.id: row.first_step for row in locked})
             self._write_scalars(connection, written)
             self._write_drops(connection, ((batch.source.id, batch.drops) for batch in written))
             self._advance(connection, written, now_unix_ns)
@@ -116,14 +112,36 @@ class StatsWriter:
         with self._engine.begin() as connection:
             return recent_runs(connection, limit=limit), database_bytes(connection)
 
-    def _lock(self, source_ids: Iterable[int]) -> sa.Select[int, int]:
+    def _lock(self, source_ids: Iterable[int]) -> sa.Select[int, int, int]:
         """Selects the sources' watermarks and locks their rows (SQLite has locked everything at BEGIN IMMEDIATE)."""
+        source, coverage = schema.source, schema.coverage
         return (
-            sa.select(schema.source.c.id, schema.source.c.up_to_seq)
-            .where(schema.source.c.id.in_(list(source_ids)))
-            .order_by(schema.source.c.id)
-            .with_for_update()
+            sa.select(source.c.id, source.c.up_to_seq, coverage.c.first_step)
+            .outerjoin_from(source, coverage, coverage.c.source_id == source.c.id)
+            .where(source.c.id.in_(list(source_ids)))
+            .order_by(source.c.id)
+            .with_for_update(of=source)
         )
+
+    def _cover(self, connection: sa.Connection, written: Sequence[Batch], known: Mapping[int, int | None]) -> None:
+        """Records the first step of sources that have one now, or an earlier one than before."""
+        first: dict[int, int] = {}
+        for batch in written:
+            if batch.rows:
+                first[batch.source.id] = min(int(batch.step.min()), first.get(batch.source.id, 2**62))
+        news = [
+            {"source_id": source_id, "first_step": step, "rolled_step": 0}
+            for source_id, step in first.items()
+            if (before := known[source_id]) is None or step < before
+        ]
+        if news:
+            insert = self._insert(schema.coverage)
+            connection.execute(
+                insert.on_conflict_do_update(
+                    index_elements=["source_id"], set_={"first_step": insert.excluded.first_step}
+                ),
+                news,
+            )
 
     def _write_scalars(self, connection: sa.Connection, batches: Iterable[Batch]) -> None:
         values = {
@@ -203,101 +221,3 @@ class StatsWriter:
                 ),
                 values,
             )
-
-
-# SQLite
-
-
-def _insert_sqlite(connection: sa.Connection, batches: Sequence[Batch]) -> None:
-    """One executemany a batch: tuples of Python numbers from whole columns. SQLite itself stores NaN as null."""
-    sql = f"INSERT OR REPLACE INTO stats ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
-    for batch in batches:
-        columns = [
-            batch.columns[field.name].tolist() if field.name in batch.columns else itertools.repeat(None)
-            for field in FIELDS
-        ]
-        slots = batch.source.run_slot[batch.slot].tolist()
-        rows = zip(itertools.repeat(batch.source.id), batch.step.tolist(), slots, *columns)  # repeat() has no end
-        connection.exec_driver_sql(sql, list(rows))
-
-
-# PostgreSQL
-
-_NATIVE = {"source_id": "i8", "step": "i8", "slot": "i4"} | {
-    field.name: {"float32": "f4", "float64": "f8", "uint64": "i8"}[field.dtype] for field in FIELDS
-}
-_TABLE = np.dtype([*_NATIVE.items(), ("arrival", "i8"), ("null", "u2")])  # null: a bit for each of FIELDS
-_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-_COPY_TRAILER = b"\xff\xff"
-
-
-def _copy_postgresql(connection: sa.Connection, batches: Sequence[Batch]) -> None:
-    """One binary COPY for all batches. COPY cannot replace rows: where some are there already, it goes another way."""
-    if not batches:
-        return
-    table = np.concatenate([_table(batch) for batch in batches])
-    try:
-        with connection.begin_nested():
-            _copy(connection, "stats", table, _COLUMNS)
-    except psycopg.errors.UniqueViolation:
-        _replace(connection, table)
-
-
-def _replace(connection: sa.Connection, table: npt.NDArray[np.void]) -> None:
-    """Writes rows of which some are there already, or come twice: the last one wins."""
-    table["arrival"] = np.arange(len(table))
-    columns = ", ".join(_COLUMNS)
-    updates = ", ".join(f"{field.name} = excluded.{field.name}" for field in FIELDS)
-    connection.exec_driver_sql("CREATE TEMPORARY TABLE incoming (LIKE stats, arrival bigint) ON COMMIT DROP")
-    _copy(connection, "incoming", table, (*_COLUMNS, "arrival"))
-    connection.exec_driver_sql(
-        f"INSERT INTO stats ({columns})"
-        f" SELECT DISTINCT ON (source_id, step, slot) {columns} FROM incoming"
-        " ORDER BY source_id, step, slot, arrival DESC"
-        f" ON CONFLICT (source_id, step, slot) DO UPDATE SET {updates}"
-    )
-
-
-def _table(batch: Batch) -> npt.NDArray[np.void]:
-    """The batch's rows as native records. Absent columns and NaN are null, as SQLite would have it."""
-    table = np.zeros(batch.rows, _TABLE)
-    table["source_id"] = batch.source.id
-    table["step"] = batch.step
-    table["slot"] = batch.source.run_slot[batch.slot]
-    for bit, field in enumerate(FIELDS):
-        if (column := batch.columns.get(field.name)) is None:
-            table["null"] |= 1 << bit
-        else:
-            table[field.name] = column
-            if field.dtype != "uint64":
-                table["null"] |= np.isnan(column).astype(np.uint16) << bit
-    return table
-
-
-def _copy(connection: sa.Connection, name: str, table: npt.NDArray[np.void], columns: Sequence[str]) -> None:
-    """Streams `columns` of `table` into the database's table `name`, rows with the same nulls together."""
-    driver: psycopg.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # any driver's
-    with driver.cursor() as cursor:
-        with cursor.copy(f"COPY {name} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)") as copy:
-            copy.write(_COPY_HEADER)
-            for null in np.unique(table["null"]):
-                copy.write(_copy_records(table[table["null"] == null], columns, int(null)))
-            copy.write(_COPY_TRAILER)
-
-
-def _copy_records(rows: npt.NDArray[np.void], columns: Sequence[str], null: int) -> bytes:
-    """The rows in COPY's binary format: a count of fields, then each field's size (-1: null) and big-endian bytes."""
-    absent = {field.name for bit, field in enumerate(FIELDS) if null >> bit & 1}
-    present = [column for column in columns if column not in absent]
-    layout: list[tuple[str, str]] = [("fields", ">i2")]
-    for column in columns:
-        layout.append((f"{column} size", ">i4"))
-        if column not in absent:
-            layout.append((column, f">{_TABLE[column].str[1:]}"))
-    records = np.empty(len(rows), layout)
-    records["fields"] = len(columns)
-    for column in columns:
-        records[f"{column} size"] = -1 if column in absent else _TABLE[column].itemsize
-    for column in present:
-        records[column] = rows[column]
-    return records.tobytes()

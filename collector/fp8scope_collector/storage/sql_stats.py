@@ -1,0 +1,195 @@
+"""Statistics in the relational database itself, on SQLite and PostgreSQL: the default `StatsStore`.
+
+Rows go in by the fastest way that each database has: SQLite by `executemany` of tuples, PostgreSQL by binary COPY of
+numpy records. They are read in the order of their key, (source, step, slot); one slot by seeks on the steps it has.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+import pyarrow as pa
+import sqlalchemy as sa
+
+from fp8core.records import FIELDS
+from fp8scope_collector.messages import Batch
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.history import Span, history, steps_of
+from fp8scope_collector.storage.stats_store import row_schema
+
+_COLUMNS = ("source_id", "step", "slot", *(field.name for field in FIELDS))
+
+
+class SqlStats:
+    """The table `stats` of one database; see `StatsStore`. It has no state of its own."""
+
+    def __init__(self, dialect: str) -> None:
+        self._insert_rows = _insert_sqlite if dialect == "sqlite" else _copy_postgresql
+
+    def migrate(self) -> None:
+        """Nothing: the tables are among those that `engine.migrate` knows."""
+
+    def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
+        """Writes the batches' rows in the caller's transaction."""
+        self._insert_rows(connection, [batch for batch in batches if batch.rows])
+
+    def delete(self, connection: sa.Connection, source_ids: Sequence[int]) -> None:
+        """Removes everything of these sources."""
+        stats = schema.stats
+        connection.execute(sa.delete(stats).where(stats.c.source_id.in_(list(source_ids))))
+
+    def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> None:
+        """Removes the source's rows of the steps below `below_step`."""
+        stats = schema.stats
+        connection.execute(sa.delete(stats).where(stats.c.source_id == source_id, stats.c.step < below_step))
+
+    def last_steps(self, connection: sa.Connection, source_id: int, count: int) -> list[int]:
+        """The newest `count` recorded steps of a source, descending: a seek for each."""
+        stats = schema.stats.c
+        below = sa.bindparam("below", type_=sa.BigInteger)
+        query = sa.select(sa.func.max(stats.step)).where(stats.source_id == source_id, stats.step < below)
+        steps: list[int] = []
+        while len(steps) < count:
+            step = connection.execute(query, {"below": steps[-1] if steps else 2**62}).scalar()
+            if step is None:
+                break
+            steps.append(step)
+        return steps
+
+    def steps(self, connection: sa.Connection, spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """The recorded steps of the spans as (source id, step): a seek for each."""
+        walk = steps_of(schema.stats, history(spans))
+        rows = connection.execute(sa.select(walk.c.source_id, walk.c.step).where(walk.c.step <= walk.c.last_step))
+        return [(source_id, step) for source_id, step in rows]
+
+    def rows(
+        self,
+        connection: sa.Connection,
+        spans: Sequence[Span],
+        fields: Sequence[str],
+        *,
+        slots: Sequence[int] | None = None,
+        batch_rows: int = 50_000,
+    ) -> Iterator[pa.RecordBatch]:
+        """The spans' rows by a range of the key; a few slots by seeks on (source, step, slot)."""
+        stats, layout = schema.stats.c, row_schema(fields)
+        columns = [stats[name] for name in layout.names]
+        for span in spans:
+            if slots is None:
+                query = sa.select(*columns).where(
+                    stats.source_id == span.source_id, stats.step.between(span.first_step, span.last_step)
+                )
+            else:
+                walk = steps_of(schema.stats, history([span]))
+                here = sa.and_(
+                    stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot.in_(list(slots))
+                )
+                query = sa.select(*columns).join_from(walk, schema.stats, here).where(walk.c.step <= walk.c.last_step)
+            query = query.order_by(stats.step, stats.slot)
+            with connection.execute(query, execution_options={"stream_results": True}) as result:
+                for chunk in result.partitions(batch_rows):
+                    values = zip(*chunk, strict=True)
+                    arrays = [pa.array(column, type=field.type) for column, field in zip(values, layout, strict=True)]
+                    yield pa.RecordBatch.from_arrays(arrays, schema=layout)
+
+
+# SQLite
+
+
+def _insert_sqlite(connection: sa.Connection, batches: Sequence[Batch]) -> None:
+    """One executemany a batch: tuples of Python numbers from whole columns. SQLite itself stores NaN as null."""
+    sql = f"INSERT OR REPLACE INTO stats ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+    for batch in batches:
+        columns = [
+            batch.columns[field.name].tolist() if field.name in batch.columns else itertools.repeat(None)
+            for field in FIELDS
+        ]
+        slots = batch.source.run_slot[batch.slot].tolist()
+        rows = zip(itertools.repeat(batch.source.id), batch.step.tolist(), slots, *columns)  # repeat() has no end
+        connection.exec_driver_sql(sql, list(rows))
+
+
+# PostgreSQL
+
+_NATIVE = {"source_id": "i8", "step": "i8", "slot": "i4"} | {
+    field.name: {"float32": "f4", "float64": "f8", "uint64": "i8"}[field.dtype] for field in FIELDS
+}
+_TABLE = np.dtype([*_NATIVE.items(), ("arrival", "i8"), ("null", "u2")])  # null: a bit for each of FIELDS
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_TRAILER = b"\xff\xff"
+
+
+def _copy_postgresql(connection: sa.Connection, batches: Sequence[Batch]) -> None:
+    """One binary COPY for all batches. COPY cannot replace rows: where some are there already, it goes another way."""
+    if not batches:
+        return
+    table = np.concatenate([_table(batch) for batch in batches])
+    try:
+        with connection.begin_nested():
+            _copy(connection, "stats", table, _COLUMNS)
+    except psycopg.errors.UniqueViolation:
+        _replace(connection, table)
+
+
+def _replace(connection: sa.Connection, table: npt.NDArray[np.void]) -> None:
+    """Writes rows of which some are there already, or come twice: the last one wins."""
+    table["arrival"] = np.arange(len(table))
+    columns = ", ".join(_COLUMNS)
+    updates = ", ".join(f"{field.name} = excluded.{field.name}" for field in FIELDS)
+    connection.exec_driver_sql("CREATE TEMPORARY TABLE incoming (LIKE stats, arrival bigint) ON COMMIT DROP")
+    _copy(connection, "incoming", table, (*_COLUMNS, "arrival"))
+    connection.exec_driver_sql(
+        f"INSERT INTO stats ({columns})"
+        f" SELECT DISTINCT ON (source_id, step, slot) {columns} FROM incoming"
+        " ORDER BY source_id, step, slot, arrival DESC"
+        f" ON CONFLICT (source_id, step, slot) DO UPDATE SET {updates}"
+    )
+
+
+def _table(batch: Batch) -> npt.NDArray[np.void]:
+    """The batch's rows as native records. Absent columns and NaN are null, as SQLite would have it."""
+    table = np.zeros(batch.rows, _TABLE)
+    table["source_id"] = batch.source.id
+    table["step"] = batch.step
+    table["slot"] = batch.source.run_slot[batch.slot]
+    for bit, field in enumerate(FIELDS):
+        if (column := batch.columns.get(field.name)) is None:
+            table["null"] |= 1 << bit
+        else:
+            table[field.name] = column
+            if field.dtype != "uint64":
+                table["null"] |= np.isnan(column).astype(np.uint16) << bit
+    return table
+
+
+def _copy(connection: sa.Connection, name: str, table: npt.NDArray[np.void], columns: Sequence[str]) -> None:
+    """Streams `columns` of `table` into the database's table `name`, rows with the same nulls together."""
+    driver: psycopg.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # any driver's
+    with driver.cursor() as cursor:
+        with cursor.copy(f"COPY {name} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)") as copy:
+            copy.write(_COPY_HEADER)
+            for null in np.unique(table["null"]):
+                copy.write(_copy_records(table[table["null"] == null], columns, int(null)))
+            copy.write(_COPY_TRAILER)
+
+
+def _copy_records(rows: npt.NDArray[np.void], columns: Sequence[str], null: int) -> bytes:
+    """The rows in COPY's binary format: a count of fields, then each field's size (-1: null) and big-endian bytes."""
+    absent = {field.name for bit, field in enumerate(FIELDS) if null >> bit & 1}
+    present = [column for column in columns if column not in absent]
+    layout: list[tuple[str, str]] = [("fields", ">i2")]
+    for column in columns:
+        layout.append((f"{column} size", ">i4"))
+        if column not in absent:
+            layout.append((column, f">{_TABLE[column].str[1:]}"))
+    records = np.empty(len(rows), layout)
+    records["fields"] = len(columns)
+    for column in columns:
+        records[f"{column} size"] = -1 if column in absent else _TABLE[column].itemsize
+    for column in present:
+        records[column] = rows[column]
+    return records.tobytes()
