@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
@@ -49,6 +50,8 @@ class Gate:
         self._current = True  # whether the last reading succeeded
         self._next_reading: asyncio.Future[None] = self._loop.create_future()
         self._streams: dict[Lane, Token] = {}
+        self._open: Counter[int] = Counter()  # token id -> streams, from `count` on
+        self._paid_until: dict[int, float] = {}  # token id -> when its rows so far are within its rate, loop's clock
         self._noted: dict[int, int] = {}  # token id -> when it was last noted
         self._closing = threading.Event()
         threading.Thread(target=self._run, name="fp8scope-tokens", daemon=True).start()
@@ -98,6 +101,37 @@ class Gate:
         if token.scope == "ingest":
             raise _denied(f"token {token.name!r} has scope ingest; reading needs scope read")
         self._loop.call_soon_threadsafe(self._note, token)
+
+    @contextlib.contextmanager
+    def count(self, token: Token) -> Iterator[None]:
+        """While inside, one of the token's streams is open.
+
+        Raises:
+            RefusedError: it has as many as it may.
+        """
+        limit = token.max_streams
+        if limit is not None and self._open[token.id] >= limit:
+            raise RefusedError(
+                f"token {token.name!r} has {self._open[token.id]} streams open here; it may have {limit}",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+            )
+        self._open[token.id] += 1
+        try:
+            yield
+        finally:
+            self._open[token.id] -= 1
+
+    async def pace(self, token: Token, rows: int) -> bool:
+        """Returns when the token may have sent so many rows more; whether it had to wait. A second's worth is free."""
+        if token.max_rows_per_s is None:
+            return False
+        now = self._loop.time()
+        paid_until = max(now, self._paid_until.get(token.id, 0.0)) + rows / token.max_rows_per_s
+        self._paid_until[token.id] = paid_until
+        if (wait_s := paid_until - now - 1.0) <= 0:
+            return False
+        await asyncio.sleep(wait_s)
+        return True
 
     @contextlib.contextmanager
     def watch(self, token: Token, lane: Lane) -> Iterator[None]:

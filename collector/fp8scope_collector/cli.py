@@ -1,4 +1,4 @@
-"""The command `fp8scope`: run a collector, list runs, export one, open the dashboard, hand out tokens.
+"""The command `fp8scope`: run a collector, list runs, export one, open the dashboard; tokens and upkeep are beside it.
 
 Each option can be given by an environment variable too. What a user can cause ends in one sentence and exit code 1.
 Each command imports what it needs itself: a collector starts without Arrow, a list of runs without gRPC.
@@ -22,8 +22,9 @@ import sqlalchemy as sa
 import structlog
 import typer
 
-from fp8scope_collector import token_cli
+from fp8scope_collector import token_cli, upkeep_cli
 from fp8scope_collector.config import ConfigError, parse_address, serve_config
+from fp8scope_collector.options import AsJson, Database, Run, duration_s
 from fp8scope_collector.storage.acknowledge import AcknowledgeError
 from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
 from fp8scope_collector.storage.readmodels import RunNotFound, RunSummary
@@ -36,11 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(token_cli.app, name="token")
-
-Database = Annotated[
-    str, typer.Option("--db", envvar="FP8SCOPE_DB", help="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE")
-]
-Run = Annotated[str, typer.Argument(help="A run's name, or project/name.")]
+for _name in ("prune", "delete", "migrate", "backup", "audit", "doctor"):
+    app.command(_name)(getattr(upkeep_cli, f"{_name}_command"))
 
 
 def main() -> None:
@@ -123,6 +121,14 @@ def serve(
             help="The same for --metrics only.",
         ),
     ] = False,
+    retention: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FP8SCOPE_RETENTION",
+            metavar="30d|12h|90m",
+            help="Delete raw rows of this age; rollups stay. Else nothing is deleted.",
+        ),
+    ] = None,
 ) -> None:
     """Run a collector: take what agents send and store it durably."""
     from fp8scope_collector.server import serve as run_server
@@ -137,6 +143,7 @@ def serve(
         tls_client_ca=tls_client_ca,
         insecure=insecure,
         insecure_metrics=insecure_metrics,
+        retention_s=None if retention is None else duration_s("--retention", retention),
     )
     _log_to_stderr()
     asyncio.run(run_server(config, lambda line: print(line, flush=True)))
@@ -163,6 +170,7 @@ def export(
     out: Annotated[str, typer.Option("--out", help="The file to write, replaced when complete; - is standard output.")],
     db: Database = DEFAULT_URL,
     file_format: Annotated[Literal["csv", "parquet"], typer.Option("--format", help="csv or parquet.")] = "csv",
+    as_json: AsJson = False,
 ) -> None:
     """Write all rows of a run to a file."""
     from fp8scope_collector.export import write_rows
@@ -172,7 +180,10 @@ def export(
     rows = write_rows(reader.rows(reader.run(run).id), file_format, out)
     if not rows:
         raise ConfigError(f"run {run!r} has no rows; nothing was written")
-    print(f"{rows:,} rows of {run} written to {'standard output' if out == '-' else out}", file=sys.stderr)
+    if as_json and out != "-":
+        print(json.dumps({"run": run, "rows": rows, "file": out}))
+    else:
+        print(f"{rows:,} rows of {run} written to {'standard output' if out == '-' else out}", file=sys.stderr)
 
 
 @app.command()

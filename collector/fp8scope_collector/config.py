@@ -49,6 +49,7 @@ class ServeConfig:
     tokens: bool = False  # agents have to show one
     tls: TlsFiles | None = None  # agents have to use TLS
     guard_metrics: bool = False  # /metrics too is for TLS and tokens only
+    retention_s: int | None = None  # age at which raw rows are deleted
     limits: Limits = field(default_factory=Limits)
 
 
@@ -63,6 +64,7 @@ def serve_config(
     tls_client_ca: Path | None = None,
     insecure: bool = False,
     insecure_metrics: bool = False,
+    retention_s: int | None = None,
 ) -> ServeConfig:
     """The checked settings. Agents need tokens where `auth` says so, or else where other machines can reach `grpc`.
 
@@ -97,6 +99,7 @@ def serve_config(
         tokens=auth == "tokens" or exposed,
         tls=tls,
         guard_metrics=metrics_exposed,
+        retention_s=retention_s,
     )
 
 

@@ -23,7 +23,7 @@ from fp8scope_collector.decode import RefusedError
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.metrics import MAX_RUNS, Metrics
-from fp8scope_collector.storage.registry import ContradictionError
+from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
 
 HOUSEKEEPING_S = 5.0
@@ -94,6 +94,7 @@ class Ingest:
 
         Raises:
             ContradictionError: it contradicts what is stored.
+            TooManyRunsError: it would be one more than its token may make.
         """
         answer: asyncio.Future[Source] = self._loop.create_future()
         with self._wake:
@@ -175,7 +176,7 @@ class Ingest:
             source = self._persist(lambda: self._writer.register(registration.opening, now_unix_ns=self._unix_ns()))
         except _HaltedError:
             raise
-        except ContradictionError as error:
+        except (ContradictionError, TooManyRunsError) as error:
             self._on_loop(_set_exception, registration.answer, error)
         except Exception as error:
             log.exception("registration failed", run=registration.opening.run_label, rank=registration.opening.rank)

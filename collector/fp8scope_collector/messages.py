@@ -26,6 +26,15 @@ class SlotSpec:
 
 
 @dataclass(frozen=True)
+class Sender:
+    """Who is behind a stream: for the audit log, and the token whose runs are counted."""
+
+    actor: str = "unknown"
+    token_id: int | None = None
+    max_runs: int | None = None
+
+
+@dataclass(frozen=True)
 class Opening:
     """Who opens a stream."""
 
@@ -43,6 +52,7 @@ class Opening:
     environment_json: str
     tags_json: str
     notes: str
+    sender: Sender = field(default_factory=Sender)
 
     @property
     def run_label(self) -> str:

@@ -63,6 +63,8 @@ class Metrics(Collector):
         self._commit_seconds = 0.0
         self._queue_bytes = 0
         self._open_streams = 0
+        self._throttled = 0
+        self._retries = 0
         self._database_up = True
         self._database_bytes = 0
         self._runs: list[RunState] = []
@@ -72,6 +74,11 @@ class Metrics(Collector):
     def database_up(self) -> bool:
         """Whether the last thing that the writer did with the database succeeded."""
         return self._database_up
+
+    @property
+    def open_streams(self) -> int:
+        """Agents connected now."""
+        return self._open_streams
 
     def observe_batch(self, outcome: Outcome, *, wire_bytes: int) -> None:
         """A batch was committed, recognised as a resend, or refused."""
@@ -109,10 +116,16 @@ class Metrics(Collector):
         with self._lock:
             self._open_streams += change
 
+    def observe_throttled(self) -> None:
+        """A batch had to wait for its token's rate."""
+        with self._lock:
+            self._throttled += 1
+
     def observe_database_up(self, up: bool) -> None:
-        """The database took what the writer gave it, or failed to."""
+        """The database took what the writer gave it, or failed to and will be asked again."""
         with self._lock:
             self._database_up = up
+            self._retries += not up
 
     def observe_database(self, runs: Sequence[RunState], database_bytes: int) -> None:
         """What the database says of the runs seen last."""
@@ -153,6 +166,10 @@ class Metrics(Collector):
             commits,
             GaugeMetricFamily("fp8scope_queue_bytes", "Batches that wait for the writer", self._queue_bytes),
             GaugeMetricFamily("fp8scope_open_streams", "Agents connected now", self._open_streams),
+            CounterMetricFamily(
+                "fp8scope_throttled_batches", "Batches that their token's rate held up", self._throttled
+            ),
+            CounterMetricFamily("fp8scope_database_retries", "Uses of the database that failed", self._retries),
             GaugeMetricFamily("fp8scope_database_up", "1 if the last use of the database worked", self._database_up),
             GaugeMetricFamily("fp8scope_database_bytes", "Size of the database", self._database_bytes),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fp8scope_collector.auth import Gate
@@ -30,11 +32,12 @@ from fp8scope_collector.decode import (
 )
 from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest, Lane
+from fp8scope_collector.keeper import Keeper
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.messages import Batch, Sender, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.engine import display_url, migrate, open_engine, open_stats
-from fp8scope_collector.storage.registry import ContradictionError
+from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
 from fp8scope_collector.storage.tokens import Token, read_all
 from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_collector.tls import Certificate
@@ -67,6 +70,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        closing.callback(Keeper(engine, store, config.retention_s).close)
         ingest = Ingest(StatsWriter(engine, store), metrics, config.limits)
         try:
             gate = _open_gate(config, ingest, closing)
@@ -179,10 +183,16 @@ class TelemetryService(pb_grpc.TelemetryServicer):
         """One source's stream, until the client ends it or the collector drains."""
         self._metrics.observe_streams(+1)
         try:
+            if self._metrics.open_streams > self._limits.streams:
+                raise RefusedError(
+                    f"the collector has {self._limits.streams} streams open, the most that it takes; try again later",
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                )
             token = await self._gate.identify(_authorization(context)) if self._gate else None
-            source = await self._open(context, token)
-            if source is not None:
-                await self._converse(context, source, token)
+            with self._gate.count(token) if self._gate and token else contextlib.nullcontext():
+                source = await self._open(context, token)
+                if source is not None:
+                    await self._converse(context, source, token)
         except RefusedError as refused:
             log.warning("refused", peer=context.peer(), code=refused.code.name, reason=str(refused))
             await context.abort(refused.code, str(refused))
@@ -191,17 +201,29 @@ class TelemetryService(pb_grpc.TelemetryServicer):
 
     async def _open(self, context: Context, token: Token | None) -> Source | None:
         """Reads `Open` and registers the source, if `token` may send it; None where the client leaves before."""
-        if (message := await _next(context)) is None:
+        try:
+            async with asyncio.timeout(self._limits.open_s):
+                message = await _next(context)
+        except TimeoutError:
+            raise RefusedError(
+                f"nothing came for {self._limits.open_s:g} s; expected open as the first message",
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            ) from None
+        if message is None:
             return None
         if message.WhichOneof("body") != "open":
             raise RefusedError(f"the first message is {message.WhichOneof('body')}; expected open")
         opening = decode_open(message.open, self._limits)
+        sender = Sender(f"peer {context.peer()}")
         if self._gate and token:
             self._gate.admit(token, opening)
+            sender = Sender(f"token {token.name}", token.id, token.max_runs)
         try:
-            return await self._ingest.register(opening)
+            return await self._ingest.register(dataclasses.replace(opening, sender=sender))
         except ContradictionError as error:
             raise RefusedError(str(error), grpc.StatusCode.FAILED_PRECONDITION) from None
+        except TooManyRunsError as error:
+            raise RefusedError(str(error), grpc.StatusCode.RESOURCE_EXHAUSTED) from None
 
     async def _converse(self, context: Context, source: Source, token: Token | None) -> None:
         """Reads in a task of its own; here acknowledgements leave as commits come in."""
@@ -223,7 +245,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             up_to_seq=source.up_to_seq,
             **whose,
         )
-        reading = asyncio.create_task(self._read(context, lane))
+        reading = asyncio.create_task(self._read(context, lane, token))
         reading.add_done_callback(lambda _: lane.changed.set())
         try:
             with self._gate.watch(token, lane) if self._gate and token else contextlib.nullcontext():
@@ -255,8 +277,10 @@ class TelemetryService(pb_grpc.TelemetryServicer):
         if not reading.cancelled():
             reading.result()  # raises what was wrong with the last message
 
-    async def _read(self, context: Context, lane: Lane) -> None:
-        """Queues what the client sends, until it is done. Waits, not reading, while the queue is full."""
+    async def _read(self, context: Context, lane: Lane, token: Token | None) -> None:
+        """Queues what the client sends, until it is done. Waits, not reading, while the queue is full or its token's
+        rows are used up.
+        """
         last_seq, finished = 0, lane.source.finished
         while (message := await _next(context)) is not None:
             if lane.failure:  # also where the client takes no acknowledgements, and `_acknowledge` cannot end
@@ -279,6 +303,8 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 self._metrics.observe_batch("refused", wire_bytes=wire_bytes)
                 raise
             last_seq, finished = batch.seq, finished or batch.ending is not None
+            if self._gate and token and await self._gate.pace(token, batch.rows):
+                self._metrics.observe_throttled()
             await self._ingest.put(batch, wire_bytes, lane)
 
     def _decode(self, message: pb.ClientMessage, kind: str | None, source: Source) -> Batch:
@@ -299,6 +325,13 @@ def _authorization(context: Context) -> list[str]:
 
 
 async def _next(context: Context) -> pb.ClientMessage | None:
-    """The client's next message, or None when it sends no more."""
-    message: object = await context.read()
+    """The client's next message, or None when it sends no more.
+
+    Raises:
+        RefusedError: what came is no message.
+    """
+    try:
+        message: object = await context.read()
+    except DecodeError as error:
+        raise RefusedError(f"what came is not a serialised ClientMessage: {error}") from None
     return message if isinstance(message, pb.ClientMessage) else None

@@ -6,8 +6,10 @@ them if they are complete and fit together; else the old certificate stays, and 
 
 from __future__ import annotations
 
+import re
 import ssl
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -62,6 +64,38 @@ class Certificate:
             log.error("the new certificate is unusable, the old one stays", reason=str(error))
         else:
             log.info("certificate replaced", cert=str(self._files.cert))
+
+
+def expires_unix_ns(path: Path) -> int:
+    """When the first certificate in the file expires.
+
+    A certificate's validity is the only place where two times follow each other, so it is found without a library that
+    reads all of X.509.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    time_ = rb"(?:\x17\x0d([0-9]{12})Z|\x18\x0f([0-9]{14})Z)"  # UTCTime (two digits of a year), GeneralizedTime
+    found = re.search(rb"\x30[\x1e-\x22]" + time_ + time_, ssl.PEM_cert_to_DER_cert(first_pem(path)))
+    if not found:
+        raise ConfigError(f"there is no time of expiry in {str(path)!r}; expected an X.509 certificate")
+    text = (found[3] or found[4]).decode()
+    if found[3]:
+        text = ("19" if int(text[:2]) >= 50 else "20") + text
+    return int(datetime.strptime(text, "%Y%m%d%H%M%S").replace(tzinfo=UTC).timestamp()) * 10**9
+
+
+def first_pem(path: Path) -> str:
+    """The first certificate in the file, as PEM.
+
+    Raises:
+        ConfigError: there is none, or the file cannot be read.
+    """
+    text = _read(path, "certificate").decode("ascii", "replace")
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    if begin not in text or end not in text:
+        raise ConfigError(f"there is no certificate in {str(path)!r}; expected a PEM file")
+    return text[text.index(begin) : text.index(end) + len(end)]
 
 
 def _stamp(files: TlsFiles) -> tuple[tuple[int, int, int] | None, ...]:

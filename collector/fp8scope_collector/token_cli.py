@@ -7,7 +7,6 @@ create --name node-7 > token)`. What is said about it goes to standard error.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,17 +16,12 @@ import typer
 
 from fp8scope_collector.config import ConfigError
 from fp8scope_collector.limits import Limits
+from fp8scope_collector.options import AsJson, Database, duration_s
 from fp8scope_collector.storage import tokens
+from fp8scope_collector.storage.audit import this_user
 from fp8scope_collector.storage.engine import DEFAULT_URL, display_url, migrate, open_engine
 
 app = typer.Typer(help="Make, list and revoke tokens.", no_args_is_help=True)
-
-_SECONDS = {"m": 60, "h": 3600, "d": 86400}
-_LONGEST_DAYS = 3650
-
-Database = Annotated[
-    str, typer.Option("--db", envvar="FP8SCOPE_DB", help="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE")
-]
 
 
 @app.command()
@@ -42,7 +36,11 @@ def create(
     expires: Annotated[
         str | None, typer.Option(metavar="30d|12h|90m", help="How long it is good; else for ever.")
     ] = None,
+    max_rows_per_s: Annotated[int | None, typer.Option(min=1, help="Rows a second; more wait.")] = None,
+    max_streams: Annotated[int | None, typer.Option(min=1, help="Ranks connected at once, to each collector.")] = None,
+    max_runs: Annotated[int | None, typer.Option(min=1, help="Runs that it may make.")] = None,
     db: Database = DEFAULT_URL,
+    as_json: AsJson = False,
 ) -> None:
     """Make a token and print its secret, which is stored nowhere."""
     now = time.time_ns()
@@ -52,20 +50,30 @@ def create(
         raise ConfigError(f"--name is {name!r}; expected a word, as numbers are the tokens' ids")
     if scope != "ingest" and (project is not None or run is not None):
         raise ConfigError(f"--project and --run restrict what a token of scope ingest may send, not scope {scope}")
-    expires_unix_ns = now + _duration_s(expires) * 10**9 if expires is not None else None
+    expires_unix_ns = now + duration_s("--expires", expires) * 10**9 if expires is not None else None
     engine = open_engine(db)
     migrate(engine)
     secret = tokens.create(
-        engine, name=name, scope=scope, project=project, run=run, expires_unix_ns=expires_unix_ns, now_unix_ns=now
+        engine,
+        name=name,
+        scope=scope,
+        project=project,
+        run=run,
+        expires_unix_ns=expires_unix_ns,
+        now_unix_ns=now,
+        actor=this_user(),
+        max_rows_per_s=max_rows_per_s,
+        max_streams=max_streams,
+        max_runs=max_runs,
     )
     print(f"token {name!r} is in {display_url(engine.url)}; its secret is shown only now:", file=sys.stderr)
-    print(secret, flush=True)
+    print(json.dumps({"name": name, "secret": secret}) if as_json else secret, flush=True)
 
 
 @app.command("list")
 def list_tokens(
     db: Database = DEFAULT_URL,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the tokens, the oldest first; never a secret."""
     now = time.time_ns()
@@ -80,25 +88,20 @@ def list_tokens(
 def revoke(
     token: Annotated[str, typer.Argument(metavar="NAME|ID", help="A token's name or id.")],
     db: Database = DEFAULT_URL,
+    as_json: AsJson = False,
 ) -> None:
     """Make a token worthless; collectors end its streams within two seconds."""
     found = tokens.find(open_engine(db, read_only=True), token)
-    tokens.revoke(open_engine(db), found.id, now_unix_ns=time.time_ns())
+    tokens.revoke(open_engine(db), found.id, now_unix_ns=time.time_ns(), actor=this_user())
     print(f"token {found.name!r} is revoked", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"id": found.id, "name": found.name, "state": "revoked"}))
 
 
 def _check_name(option: str, text: str) -> None:
     longest = Limits().name_chars
     if not text.strip() or len(text) > longest or not text.isprintable():
         raise ConfigError(f"{option} is {text!r}; expected at most {longest} printable characters")
-
-
-def _duration_s(text: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
-    seconds = int(found[1]) * _SECONDS[found[2]] if found else 0
-    if not 0 < seconds <= _LONGEST_DAYS * _SECONDS["d"]:
-        raise ConfigError(f"--expires is {text!r}; expected 90m, 12h or 30d, at most {_LONGEST_DAYS}d")
-    return seconds
 
 
 def _public(token: tokens.Token, now_unix_ns: int) -> dict[str, Any]:
@@ -114,6 +117,9 @@ def _public(token: tokens.Token, now_unix_ns: int) -> dict[str, Any]:
         "expires_unix_ns": token.expires_unix_ns,
         "revoked_unix_ns": token.revoked_unix_ns,
         "last_used_unix_ns": token.last_used_unix_ns,
+        "max_rows_per_s": token.max_rows_per_s,
+        "max_streams": token.max_streams,
+        "max_runs": token.max_runs,
     }
 
 

@@ -13,7 +13,7 @@ import time
 import urllib.request
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,11 +249,11 @@ class Collector:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
-def _start(url: str, log: Path, *arguments: object) -> Collector:
+def _start(url: str, log: Path, *arguments: object, program: Sequence[str] = ("-m", "fp8scope_collector")) -> Collector:
     with log.open("a") as errors:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "fp8scope_collector", "serve", "--db", url),
+                *(sys.executable, *program, "serve", "--db", url),
                 *("--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *map(str, arguments)),
             ],
             stdout=subprocess.PIPE,
@@ -272,8 +272,8 @@ def start_collector(tmp_path: Path) -> Iterator[Callable[..., Collector]]:
     """A function: a collector on the database `url`, ended with the test."""
     started: list[Collector] = []
 
-    def start(url: str, *arguments: object) -> Collector:
-        started.append(_start(url, tmp_path / f"collector-{len(started)}.log", *arguments))
+    def start(url: str, *arguments: object, **how: Any) -> Collector:
+        started.append(_start(url, tmp_path / f"collector-{len(started)}.log", *arguments, **how))
         return started[-1]
 
     yield start

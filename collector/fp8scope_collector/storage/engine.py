@@ -98,6 +98,17 @@ def migrate(engine: sa.Engine) -> None:
         raise StorageError(f"cannot create the tables in {display_url(engine.url)}: {_reason(error)}") from error
 
 
+def stored_version(engine: sa.Engine) -> str | None:
+    """The version of the tables in the database; None: there are none."""
+    with engine.connect() as connection:
+        return _version(connection)
+
+
+def newest_version() -> str:
+    """The version of the tables that this fp8scope makes and needs."""
+    return str(ScriptDirectory.from_config(_alembic_config()).get_current_head())
+
+
 def display_url(url: sa.URL) -> str:
     """The URL for people: without its password and without the settings that `open_engine` adds."""
     if url.get_backend_name() == "sqlite":
@@ -144,6 +155,7 @@ def _sqlite_engine(url: sa.URL, read_only: bool) -> sa.Engine:
         if read_only:
             connection.execute("PRAGMA query_only=ON")
         else:
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # a new file's only: what is deleted can shrink it
             _enter_wal(connection)
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA cache_size=-65536")  # 64 MiB
@@ -197,7 +209,7 @@ def _version(connection: sa.Connection) -> str | None:
 
 def _check_version(connection: sa.Connection) -> None:
     found = _version(connection)
-    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    head = newest_version()
     where = display_url(connection.engine.url)
     if found is None:
         raise StorageError(
@@ -213,10 +225,9 @@ def _check_version(connection: sa.Connection) -> None:
 
 
 def _newer(connection: sa.Connection, found: str) -> str:
-    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
     return (
-        f"database {display_url(connection.engine.url)} has tables of version {found}, newer than the {head} that this "
-        "fp8scope knows; upgrade fp8scope"
+        f"database {display_url(connection.engine.url)} has tables of version {found}, newer than the "
+        f"{newest_version()} that this fp8scope knows; upgrade fp8scope"
     )
 
 

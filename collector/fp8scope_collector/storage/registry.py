@@ -7,7 +7,8 @@ ranks that open at the same time, on several collectors too, take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,18 @@ import sqlalchemy as sa
 
 from fp8core.formats import FORMATS
 from fp8core.records import Role
-from fp8scope_collector.messages import Opening, Source, run_label
-from fp8scope_collector.storage import schema
+from fp8scope_collector.messages import Opening, SlotSpec, Source, run_label
+from fp8scope_collector.storage import audit, schema
 
 Insert = Callable[[sa.Table], Any]  # the dialect's insert(), which has on_conflict_do_...
 
 
 class ContradictionError(Exception):
     """What a source says about itself contradicts what is stored; the text names both."""
+
+
+class TooManyRunsError(Exception):
+    """A token has made as many runs as it may."""
 
 
 def register(connection: sa.Connection, insert: Insert, opening: Opening, *, now_unix_ns: int) -> Source:
@@ -33,8 +38,9 @@ def register(connection: sa.Connection, insert: Insert, opening: Opening, *, now
     one after the highest. The run takes over configuration, tags and notes of its newest source.
 
     Raises:
-        ContradictionError: the uuid is another rank's or run's, a layer has another shape in this run, or a slot has
-            another format or recipe in this incarnation.
+        ContradictionError: the uuid is another rank's or run's, its catalogue has changed, a layer has another shape
+            in this run, or a slot has another format or recipe in this incarnation.
+        TooManyRunsError: the run is new, and its token may make no more.
     """
     run_id = _lock_run(connection, insert, opening, now_unix_ns)
     known = _find_source(connection, opening, run_id, now_unix_ns) or _add_source(
@@ -66,12 +72,19 @@ class _Known:
 
 
 def _lock_run(connection: sa.Connection, insert: Insert, opening: Opening, now_unix_ns: int) -> int:
-    run = schema.run
-    connection.execute(
+    run, sender = schema.run, opening.sender
+    made = connection.execute(
         insert(run)
-        .values(project=opening.project, name=opening.run, created_unix_ns=now_unix_ns)
+        .values(project=opening.project, name=opening.run, created_unix_ns=now_unix_ns, token_id=sender.token_id)
         .on_conflict_do_nothing(index_elements=["project", "name"])
-    )
+    ).rowcount
+    if made and sender.max_runs is not None:
+        own = sa.select(sa.func.count()).select_from(run).where(run.c.token_id == sender.token_id)
+        if (count := connection.execute(own).scalar_one()) > sender.max_runs:
+            raise TooManyRunsError(
+                f"run {opening.run_label!r} is new, and {sender.actor} has made {count - 1} runs; it may make "
+                f"{sender.max_runs}: delete one, or make a token that may make more"
+            )
     found = sa.select(run.c.id).where(run.c.project == opening.project, run.c.name == opening.run)
     run_id: int = connection.execute(found.with_for_update()).scalar_one()
     return run_id
@@ -92,7 +105,23 @@ def _find_source(connection: sa.Connection, opening: Opening, run_id: int, now_u
             f"source_uuid {opening.source_uuid!r} is rank {row.rank} of run {run_label(row.project, row.name)!r}; this "
             f"stream says rank {opening.rank} of run {opening.run_label!r}: draw a new uuid for each process"
         )
-    connection.execute(sa.update(source).where(source.c.id == row.id).values(last_seen_unix_ns=now_unix_ns))
+    if row.catalogue_slots is not None:
+        known = opening.slots[: row.catalogue_slots]
+        if len(known) < row.catalogue_slots or _catalogue_sha256(known) != row.catalogue_sha256:
+            raise ContradictionError(
+                f"source_uuid {opening.source_uuid!r} opened with {row.catalogue_slots} slots, and says now "
+                f"{len(opening.slots)} of which the first {row.catalogue_slots} are not the same; expected the same "
+                "catalogue at each connection, or one that has grown at its end: draw a new uuid for a changed model"
+            )
+    connection.execute(
+        sa.update(source)
+        .where(source.c.id == row.id)
+        .values(
+            last_seen_unix_ns=now_unix_ns,
+            catalogue_slots=len(opening.slots),
+            catalogue_sha256=_catalogue_sha256(opening.slots),
+        )
+    )
     return _Known(row.id, row.incarnation, row.up_to_seq, row.outcome)
 
 
@@ -118,9 +147,21 @@ def _add_source(connection: sa.Connection, opening: Opening, run_id: int, now_un
             clock_skew_ns=opening.sent_unix_ns - now_unix_ns,
             agent_version=opening.agent_version,
             environment_json=opening.environment_json,
+            catalogue_slots=len(opening.slots),
+            catalogue_sha256=_catalogue_sha256(opening.slots),
         )
         .returning(source.c.id)
     ).scalar_one()
+    audit.record(
+        connection,
+        at_unix_ns=now_unix_ns,
+        actor=opening.sender.actor,
+        action="open",
+        subject=opening.run_label,
+        rank=opening.rank,
+        incarnation=incarnation,
+        source_id=source_id,
+    )
     said = {
         "config_json": opening.config_json,
         "tags_json": "" if opening.tags_json == "[]" else opening.tags_json,
@@ -129,6 +170,10 @@ def _add_source(connection: sa.Connection, opening: Opening, run_id: int, now_un
     if news := {column: text for column, text in said.items() if text}:
         connection.execute(sa.update(schema.run).where(schema.run.c.id == run_id).values(news))
     return _Known(source_id, incarnation, up_to_seq=0, outcome=None)
+
+
+def _catalogue_sha256(slots: Sequence[SlotSpec]) -> str:
+    return hashlib.sha256(repr([(spec.layer, str(spec.role), spec.format) for spec in slots]).encode()).hexdigest()
 
 
 def _intern_slots(connection: sa.Connection, opening: Opening, run_id: int) -> list[int]:

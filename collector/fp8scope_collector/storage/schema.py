@@ -40,6 +40,7 @@ run = sa.Table(
     sa.Column("config_json", sa.Text, nullable=False, server_default="", comment="newest source's configuration"),
     sa.Column("tags_json", sa.Text, nullable=False, server_default="[]", comment="JSON array of strings"),
     sa.Column("notes", sa.Text, nullable=False, server_default=""),
+    sa.Column("token_id", sa.BigInteger, nullable=True, comment="the token that made it; null: none was asked for"),
     sa.UniqueConstraint("project", "name"),
 )
 
@@ -64,6 +65,8 @@ source = sa.Table(
     sa.Column("finished_unix_ns", sa.BigInteger, nullable=True, comment="agent's clock; null: not finished"),
     sa.Column("outcome", sa.Text, nullable=True, comment="finished | failed"),
     sa.Column("outcome_message", sa.Text, nullable=True),
+    sa.Column("catalogue_slots", sa.Integer, nullable=True, comment="slots that it opened with; may grow, at the end"),
+    sa.Column("catalogue_sha256", sa.Text, nullable=True, comment="of those slots in their order"),
     sa.UniqueConstraint("run_id", "rank", "incarnation"),
 )
 
@@ -194,6 +197,32 @@ token = sa.Table(
     sa.Column("expires_unix_ns", sa.BigInteger, nullable=True, comment="null: never"),
     sa.Column("revoked_unix_ns", sa.BigInteger, nullable=True, comment="null: not revoked"),
     sa.Column("last_used_unix_ns", sa.BigInteger, nullable=True, comment="to a minute; null: never"),
+    sa.Column("max_rows_per_s", sa.BigInteger, nullable=True, comment="of all its streams together; null: no limit"),
+    sa.Column("max_streams", sa.Integer, nullable=True, comment="open at once, on each collector; null: no limit"),
+    sa.Column("max_runs", sa.Integer, nullable=True, comment="that it may make; null: no limit"),
+)
+
+# How old a step is: storage/retention.py. Statistics have no time of their own.
+milestone = sa.Table(
+    "milestone",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("incarnation", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("reached_unix_ns", sa.BigInteger, primary_key=True, autoincrement=False, comment="collector's clock"),
+    sa.Column("step", sa.BigInteger, nullable=False, comment="every rank had committed up to here by then"),
+    sqlite_with_rowid=False,
+)
+
+# Who wrote and deleted what: storage/audit.py. It outlives what it is about, so nothing refers to it.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", _BIG, primary_key=True),
+    sa.Column("at_unix_ns", sa.BigInteger, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False, comment="token NAME | peer ADDRESS | USER@HOST | collector"),
+    sa.Column("action", sa.Text, nullable=False, comment="open | prune | delete | token create | token revoke"),
+    sa.Column("subject", sa.Text, nullable=False, comment="project/name of the run, or the token's name"),
+    sa.Column("detail_json", sa.Text, nullable=False, server_default="{}", comment="JSON object, by action"),
 )
 
 # What diagnosis found: a row for each episode of one rule and one tensor. The texts are as the rule had them then.

@@ -15,7 +15,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from fp8scope_collector.storage import schema
+from fp8scope_collector.storage import audit, schema
 
 PREFIX = "fp8s_"  # by which people and secret scanners recognise one
 Scope = Literal["ingest", "read", "admin"]
@@ -40,6 +40,9 @@ class Token:
     revoked_unix_ns: int | None
     last_used_unix_ns: int | None
     secret_sha256: str = field(repr=False)
+    max_rows_per_s: int | None = None
+    max_streams: int | None = None
+    max_runs: int | None = None
 
     def state(self, now_unix_ns: int) -> State:
         """Whether it is good at that time."""
@@ -63,6 +66,10 @@ def create(
     run: str | None,
     expires_unix_ns: int | None,
     now_unix_ns: int,
+    actor: str = "unknown",
+    max_rows_per_s: int | None = None,
+    max_streams: int | None = None,
+    max_runs: int | None = None,
 ) -> str:
     """The secret of a new token: nobody can have it a second time.
 
@@ -78,10 +85,16 @@ def create(
         "run": run,
         "created_unix_ns": now_unix_ns,
         "expires_unix_ns": expires_unix_ns,
+        "max_rows_per_s": max_rows_per_s,
+        "max_streams": max_streams,
+        "max_runs": max_runs,
     }
     try:
         with engine.begin() as connection:
             connection.execute(sa.insert(schema.token).values(values))
+            audit.record(
+                connection, at_unix_ns=now_unix_ns, actor=actor, action="token create", subject=name, scope=scope
+            )
     except sa.exc.IntegrityError:
         raise TokenError(f"there is a token {name!r} already, maybe a revoked one; choose another name") from None
     return secret
@@ -108,15 +121,18 @@ def find(engine: sa.Engine, ref: str) -> Token:
     raise TokenError(f"token {ref!r} is unknown; there are: {names}")
 
 
-def revoke(engine: sa.Engine, token_id: int, *, now_unix_ns: int) -> None:
+def revoke(engine: sa.Engine, token_id: int, *, now_unix_ns: int, actor: str = "unknown") -> None:
     """Makes the token worthless from now on; one that was revoked before keeps its time."""
     table = schema.token
     with engine.begin() as connection:
-        connection.execute(
+        name = connection.execute(
             sa.update(table)
             .where(table.c.id == token_id, table.c.revoked_unix_ns.is_(None))
             .values(revoked_unix_ns=now_unix_ns)
-        )
+            .returning(table.c.name)
+        ).scalar_one_or_none()
+        if name is not None:
+            audit.record(connection, at_unix_ns=now_unix_ns, actor=actor, action="token revoke", subject=name)
 
 
 def note_used(engine: sa.Engine, used: Mapping[int, int]) -> None:
