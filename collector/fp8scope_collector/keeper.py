@@ -13,6 +13,7 @@ import sqlalchemy as sa
 import structlog
 
 from fp8scope_collector.storage.retention import note_milestones, prune
+from fp8scope_collector.storage.stats_store import StatsStore
 
 KEEP_S = 60.0
 
@@ -22,8 +23,9 @@ log = structlog.get_logger()
 class Keeper:
     """Runs until `close`; with `retention_s` raw rows of that age are deleted."""
 
-    def __init__(self, engine: sa.Engine, retention_s: int | None) -> None:
+    def __init__(self, engine: sa.Engine, store: StatsStore, retention_s: int | None) -> None:
         self._engine = engine
+        self._store = store
         self._retention_s = retention_s
         self._closing = threading.Event()
         threading.Thread(target=self._run, name="fp8scope-keeper", daemon=True).start()
@@ -47,6 +49,7 @@ class Keeper:
             return
         pruned = prune(
             self._engine,
+            self._store,
             older_than_ns=self._retention_s * 10**9,
             now_unix_ns=time.time_ns(),
             actor="collector",

@@ -22,6 +22,7 @@ from fp8scope_collector.storage.engine import (
     migrate,
     newest_version,
     open_engine,
+    open_stats,
     stored_version,
 )
 
@@ -29,7 +30,6 @@ from fp8scope_collector.storage.engine import (
 def prune_command(
     older_than: Annotated[str, typer.Option("--older-than", metavar="30d|12h|90m", help="Age of what is deleted.")],
     run: Annotated[str | None, typer.Option(help="Of this run only.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, and delete nothing.")] = False,
     db: Database = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
@@ -40,26 +40,25 @@ def prune_command(
     run_id = _find(db, run).id if run is not None else None
     engine = open_engine(db)
     migrate(engine)
-    progress = Progress("counting" if dry_run else "deleting", "rows")
+    progress = Progress("deleting", "rows")
     pruned = retention.prune(
         engine,
+        open_stats(None, engine),
         older_than_ns=seconds * 10**9,
         now_unix_ns=time.time_ns(),
         actor=audit_log.this_user(),
         run_id=run_id,
-        dry_run=dry_run,
         report=progress,
     )
     progress.end()
     rows = sum(each.rows for each in pruned)
-    before, after = _release(engine) if rows and not dry_run else (0, 0)
+    before, after = _release(engine) if rows else (0, 0)
     by_run: dict[str, int] = {}
     for each in pruned:
         by_run[each.run] = by_run.get(each.run, 0) + each.rows
-    verb = "would be deleted" if dry_run else "deleted"
     lines = [f"{count:,} rows of {name}" for name, count in by_run.items()]
-    text = f"{rows:,} rows older than {older_than} {verb}" + _room(before, after)
-    said = {"rows": rows, "runs": by_run, "dry_run": dry_run, "bytes_before": before, "bytes_after": after}
+    text = f"{rows:,} rows older than {older_than} deleted" + _room(before, after)
+    said = {"rows": rows, "runs": by_run, "bytes_before": before, "bytes_after": after}
     _say(as_json, said, "\n".join([*lines, text]))
 
 
@@ -79,7 +78,12 @@ def delete_command(
     migrate(engine)
     progress = Progress(f"deleting {found.ref}", "rows")
     rows = retention.delete_run(
-        engine, found.id, now_unix_ns=time.time_ns(), actor=audit_log.this_user(), report=progress
+        engine,
+        open_stats(None, engine),
+        found.id,
+        now_unix_ns=time.time_ns(),
+        actor=audit_log.this_user(),
+        report=progress,
     )
     progress.end()
     before, after = _release(engine)

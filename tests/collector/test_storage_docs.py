@@ -52,6 +52,7 @@ def test_the_queries_answer(database_url: str, wire: Any) -> None:
         left = [
             connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
             for table in metadata.sorted_tables
+            if table.name != "audit"  # which remembers what is gone
         ]
 
     assert answers == [1, 6, 1, 1, 0, 1, 12, 1]

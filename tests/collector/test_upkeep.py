@@ -20,6 +20,8 @@ from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.storage import audit, retention, schema
 from fp8scope_collector.storage.engine import migrate, newest_version, open_engine
+from fp8scope_collector.storage.reader import Reader
+from fp8scope_collector.storage.sql_stats import SqlStats
 from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
@@ -63,12 +65,25 @@ def steps_of(engine: sa.Engine, source_id: int) -> list[int]:
         return list(connection.scalars(found))
 
 
+def roll(engine: sa.Engine, below_step: int = 2**40) -> None:
+    """Says that the rollups hold all steps below."""
+    with engine.begin() as connection:
+        connection.execute(sa.update(schema.coverage).values(rolled_step=below_step))
+
+
+def prune(engine: sa.Engine, **how: Any) -> list[retention.Pruned]:
+    defaults = {"older_than_ns": 30 * DAY, "now_unix_ns": NOW, "actor": "me"}
+    return retention.prune(engine, SqlStats(engine.dialect.name), **(defaults | how))
+
+
 def test_prune_takes_whole_lives_that_are_old_and_nothing_of_others(engine: sa.Engine, wire: Any) -> None:
     old, new = (Trainer(engine, wire, name, at=NOW - 40 * DAY) for name in ("old", "new"))
     old.commit(0, 5, NOW - 31 * DAY)
     new.commit(0, 5, NOW - 29 * DAY)
 
-    pruned = retention.prune(engine, older_than_ns=30 * DAY, now_unix_ns=NOW, actor="me")
+    roll(engine)
+
+    pruned = prune(engine)
 
     assert pruned == [retention.Pruned("old", 30)]
     assert steps_of(engine, old.source.id) == []
@@ -81,9 +96,8 @@ def test_prune_takes_whole_lives_that_are_old_and_nothing_of_others(engine: sa.E
 
 
 def test_prune_of_a_run_that_goes_on_keeps_what_its_slowest_rank_had_not_committed_by_then(
-    engine: sa.Engine, wire: Any, monkeypatch: pytest.MonkeyPatch
+    engine: sa.Engine, wire: Any
 ) -> None:
-    monkeypatch.setattr(retention, "ALIGNMENT", 4)
     ranks = [Trainer(engine, wire, "long", rank=rank, at=NOW - 40 * DAY) for rank in range(2)]
     for rank, steps in zip(ranks, (20, 11), strict=True):
         rank.commit(0, steps, NOW - 31 * DAY)
@@ -91,15 +105,27 @@ def test_prune_of_a_run_that_goes_on_keeps_what_its_slowest_rank_had_not_committ
     for rank in ranks:
         rank.commit(20, 10, NOW)
     retention.note_milestones(engine, now_unix_ns=NOW)
+    roll(engine)
 
-    counted = retention.prune(engine, older_than_ns=30 * DAY, now_unix_ns=NOW, actor="me", dry_run=True)
-    untouched = steps_of(engine, ranks[0].source.id)
-    pruned = retention.prune(engine, older_than_ns=30 * DAY, now_unix_ns=NOW, actor="me")
+    pruned = prune(engine)
 
-    assert untouched == list(range(30))
-    assert counted == pruned == [retention.Pruned("long", 2 * 8 * 6)]
-    assert steps_of(engine, ranks[0].source.id) == list(range(8, 30)), "11 steps are old; whole blocks of 4 go"
-    assert retention.prune(engine, older_than_ns=30 * DAY, now_unix_ns=NOW, actor="me") == []
+    assert pruned == [retention.Pruned("long", 11 * 6)] * 2
+    assert steps_of(engine, ranks[0].source.id) == list(range(11, 30))
+    assert steps_of(engine, ranks[1].source.id) == list(range(20, 30))
+    assert prune(engine) == []
+
+
+def test_prune_keeps_what_the_rollups_do_not_hold_yet(engine: sa.Engine, wire: Any) -> None:
+    trainer = Trainer(engine, wire, "old", at=1)
+    trainer.commit(0, 10, 1)
+
+    nothing = prune(engine)
+    roll(engine, below_step=7)
+    pruned = prune(engine)
+
+    assert nothing == []
+    assert pruned == [retention.Pruned("old", 42)]
+    assert steps_of(engine, trainer.source.id) == [7, 8, 9]
 
 
 def test_milestones_come_every_ten_minutes_and_only_where_a_run_got_further(engine: sa.Engine, wire: Any) -> None:
@@ -121,11 +147,10 @@ def test_a_prune_in_small_transactions_takes_the_same(
     monkeypatch.setattr(retention, "CHUNK_ROWS", 4)  # fewer than a step has
     trainer = Trainer(engine, wire, "old", at=1)
     trainer.commit(0, 5, 1)
+    roll(engine)
     done: list[int] = []
 
-    pruned = retention.prune(
-        engine, older_than_ns=DAY, now_unix_ns=NOW, actor="me", report=lambda rows, _: done.append(rows)
-    )
+    pruned = prune(engine, report=lambda rows, _: done.append(rows))
 
     assert pruned == [retention.Pruned("old", 30)]
     assert done[-1] == 30
@@ -139,7 +164,7 @@ def test_delete_takes_a_run_with_everything_and_leaves_the_others(engine: sa.Eng
         trainer.commit(0, 5, NOW)
         retention.note_milestones(engine, now_unix_ns=NOW)
 
-    rows = retention.delete_run(engine, gone.source.run_id, now_unix_ns=NOW, actor="me")
+    rows = retention.delete_run(engine, SqlStats(engine.dialect.name), gone.source.run_id, now_unix_ns=NOW, actor="me")
 
     assert rows == 30
     with engine.connect() as connection:
@@ -214,6 +239,7 @@ def test_a_collector_prunes_by_itself_while_it_is_written_to(
 ) -> None:
     old = Trainer(engine, wire, "old", at=1)
     old.commit(0, 5, 1)
+    roll(engine)
     code = (
         "import sys; from fp8scope_collector import keeper; keeper.KEEP_S = 0.2;"
         "from fp8scope_collector.cli import main; main()"
@@ -236,18 +262,19 @@ def test_a_collector_prunes_by_itself_while_it_is_written_to(
         assert connection.execute(sa.select(sa.func.count()).select_from(schema.stats)).scalar_one() == 30
 
 
-def test_prune_says_what_it_would_do_and_does_it(tmp_path: Path, wire: Any, run: Run) -> None:
+def test_prune_says_what_it_did(tmp_path: Path, wire: Any, run: Run) -> None:
     url = f"sqlite:///{tmp_path}/test.db"
     engine = open_engine(url)
     migrate(engine)
     Trainer(engine, wire, "old", at=1).commit(0, 5, 1)
+    roll(engine)
     engine.dispose()
 
-    would = run("prune", "--older-than", "30d", "--dry-run", "--db", url)
     did = json.loads(run("prune", "--older-than", "30d", "--run", "old", "--db", url, "--json").stdout)
+    again = run("prune", "--older-than", "30d", "--db", url)
     wrong = run("prune", "--older-than", "month", "--db", url, fails=True)
 
-    assert would.stdout == "30 rows of old\n30 rows older than 30d would be deleted\n"
+    assert again.stdout == "0 rows older than 30d deleted\n"
     assert (did["rows"], did["runs"]) == (30, {"old": 30})
     assert "--older-than is 'month'; expected 90m, 12h or 30d" in wrong.stderr
 
@@ -341,3 +368,38 @@ def test_the_audit_log_says_who_made_which_token_and_sent_which_run(
     assert found[1]["detail"] == {"rank": 0, "incarnation": 1, "source_id": 1}
     assert len(of_run.splitlines()) == 2
     assert secret.removeprefix("fp8s_") not in json.dumps(found)
+
+
+def test_the_role_of_the_operations_page_reads_and_cannot_write(
+    postgres_server: Any, postgres_url: str, wire: Any
+) -> None:
+    engine = open_engine(postgres_url)
+    migrate(engine)
+    Trainer(engine, wire, "run").commit(0, 5, NOW)
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    statements = page[page.index("CREATE ROLE fp8scope_reader") :].partition("```")[0]
+    database = engine.url.database
+    statements = statements.replace("DATABASE fp8scope ", f"DATABASE {database} ").replace(
+        "ROLE fp8scope ", "ROLE postgres "
+    )
+    statements = statements.replace("'...'", "'secret'")
+    with postgres_server.connect(database) as admin:
+        for statement in filter(str.strip, statements.split(";")):
+            admin.execute(statement)
+    try:
+        reader_url = f"postgresql://fp8scope_reader:secret@127.0.0.1:{postgres_server.port}/{database}"
+        reader = Reader(reader_url)
+        assert [found.ref for found in reader.runs()] == ["run"]
+        reader.close()
+        as_writer = open_engine(reader_url)
+        with as_writer.connect() as connection:
+            for attempt in ("DELETE FROM stats", "SELECT * FROM token"):
+                with pytest.raises(sa.exc.DBAPIError, match="permission denied|read-only transaction"):
+                    connection.execute(sa.text(attempt))
+                connection.rollback()
+        as_writer.dispose()
+    finally:
+        with postgres_server.connect(database) as admin:
+            admin.execute("DROP OWNED BY fp8scope_reader")
+            admin.execute("DROP ROLE fp8scope_reader")
+        engine.dispose()

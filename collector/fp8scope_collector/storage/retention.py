@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,31 +19,35 @@ import sqlalchemy as sa
 
 from fp8scope_collector.messages import run_label
 from fp8scope_collector.storage import audit, schema
+from fp8scope_collector.storage.history import LAST_STEP, Span
 from fp8scope_collector.storage.overview import database_bytes
+from fp8scope_collector.storage.stats_store import StatsStore
 
-CHUNK_ROWS = 20_000  # of one transaction
+CHUNK_ROWS = 20_000  # of one transaction, about
 CHUNK_PAGES = 2_000
 MILESTONE_NS = 600 * 10**9
-ALIGNMENT = 4096  # steps of the coarsest rollup: what a collector may still have to build it from is kept
 
 Report = Callable[[int, int], None]  # called with how much is done, and of how much (0: not known)
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was taken from one run."""
+    """What was taken from one life of a run."""
 
     run: str
     rows: int
 
 
 @dataclass(frozen=True)
-class _Life:
-    run_id: int
+class _Old:
+    """The steps of one source that may go: those below `below_step`."""
+
+    source_id: int
     run: str
     incarnation: int
-    source_ids: tuple[int, ...]
-    below_step: int | None  # None: all
+    first_step: int
+    below_step: int
+    slots: int
 
 
 def note_milestones(engine: sa.Engine, *, now_unix_ns: int) -> None:
@@ -78,38 +82,44 @@ def note_milestones(engine: sa.Engine, *, now_unix_ns: int) -> None:
 
 def prune(
     engine: sa.Engine,
+    store: StatsStore,
     *,
     older_than_ns: int,
     now_unix_ns: int,
     actor: str,
     run_id: int | None = None,
-    dry_run: bool = False,
     report: Report | None = None,
 ) -> list[Pruned]:
-    """Deletes raw rows that were committed longer than `older_than_ns` ago; what is made from them stays.
+    """Deletes raw rows, histograms and extras that were committed longer than `older_than_ns` ago.
 
-    A life of a run that still sends keeps its last 4096 steps at least, whatever their age. With `dry_run` nothing is
-    deleted and the rows are counted.
+    Scalars, findings and rollups stay, and so does whatever the rollups do not hold yet.
     """
     pruned: list[Pruned] = []
     done = 0
-    for life in _old_lives(engine, now_unix_ns - older_than_ns, run_id):
+    for old in _old_sources(engine, now_unix_ns - older_than_ns, run_id):
         rows = 0
-        for deleted in _count(engine, life) if dry_run else _delete_raw(engine, life):
+        for deleted in _delete_steps(engine, store, old):
             rows += deleted
             if report:
                 report(done + rows, 0)
         done += rows
         if rows:
-            pruned.append(Pruned(life.run, rows))
-        if rows and not dry_run:
+            pruned.append(Pruned(old.run, rows))
+            said = {"rows": rows, "source_id": old.source_id, "below_step": old.below_step}
             with engine.begin() as connection:
-                said = {"rows": rows, "incarnation": life.incarnation, "below_step": life.below_step}
-                audit.record(connection, at_unix_ns=now_unix_ns, actor=actor, action="prune", subject=life.run, **said)
+                audit.record(connection, at_unix_ns=now_unix_ns, actor=actor, action="prune", subject=old.run, **said)
     return pruned
 
 
-def delete_run(engine: sa.Engine, run_id: int, *, now_unix_ns: int, actor: str, report: Report | None = None) -> int:
+def delete_run(
+    engine: sa.Engine,
+    store: StatsStore,
+    run_id: int,
+    *,
+    now_unix_ns: int,
+    actor: str,
+    report: Report | None = None,
+) -> int:
     """Deletes a run with everything that is stored of it; returns how many raw rows that were.
 
     An agent that still sends is told to connect again, and then begins the run anew with what it has not sent yet.
@@ -117,22 +127,17 @@ def delete_run(engine: sa.Engine, run_id: int, *, now_unix_ns: int, actor: str, 
     source, run = schema.source, schema.run
     with engine.connect() as connection:
         label = run_label(*connection.execute(sa.select(run.c.project, run.c.name).where(run.c.id == run_id)).one())
-        sources = connection.execute(sa.select(source.c.id, source.c.rows).where(source.c.run_id == run_id)).all()
-    total = sum(row.rows for row in sources)
-    life = _Life(run_id, label, 0, tuple(row.id for row in sources), None)
+        total = connection.scalar(sa.select(sa.func.sum(source.c.rows)).where(source.c.run_id == run_id)) or 0
+        sources = [_old(row, LAST_STEP) for row in connection.execute(_sources(run_id)) if row.first_step is not None]
     rows = 0
-    for deleted in _delete_raw(engine, life):
-        rows += deleted
-        if report:
-            report(rows, max(total, rows))
+    for old in sources:
+        for deleted in _delete_steps(engine, store, old):
+            rows += deleted
+            if report:
+                report(rows, max(int(total), rows))
     with engine.begin() as connection:
-        connection.execute(sa.select(run.c.id).where(run.c.id == run_id).with_for_update())
-        own = sa.select(source.c.id).where(source.c.run_id == run_id)
-        for table in schema.metadata.sorted_tables:  # what no foreign key takes along
-            if "source_id" in table.c and not table.c.source_id.foreign_keys:
-                connection.execute(sa.delete(table).where(table.c.source_id.in_(own)))
-            elif "run_id" in table.c and not table.c.run_id.foreign_keys:
-                connection.execute(sa.delete(table).where(table.c.run_id == run_id))
+        locked = sa.select(source.c.id).where(source.c.run_id == run_id).order_by(source.c.id).with_for_update()
+        store.delete(connection, connection.scalars(locked).all())  # what came meanwhile
         connection.execute(sa.delete(run).where(run.c.id == run_id))
         audit.record(connection, at_unix_ns=now_unix_ns, actor=actor, action="delete", subject=label, rows=rows)
     return rows
@@ -150,7 +155,7 @@ def release(engine: sa.Engine, report: Report | None = None) -> tuple[int, int]:
         _shrink_sqlite(engine, report)
     else:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            for table in raw_tables():
+            for table in (schema.stats, schema.histogram, schema.extra):
                 connection.exec_driver_sql(f"VACUUM (ANALYZE) {table.name}")
     with engine.connect() as connection:
         return before, database_bytes(connection)
@@ -162,73 +167,71 @@ def needs_rewriting(engine: sa.Engine) -> bool:
         return connection.dialect.name == "sqlite" and _pragma(connection, "auto_vacuum") != 2
 
 
-def raw_tables() -> list[sa.Table]:
-    """The tables that have one row for a slot and a step: these have a retention."""
-    return [table for table in schema.metadata.sorted_tables if {"source_id", "step", "slot"} <= set(table.c.keys())]
+def _sources(run_id: int | None) -> sa.Select[Any]:
+    source, run, coverage = schema.source, schema.run, schema.coverage
+    found = (
+        sa.select(
+            source.c.id,
+            source.c.run_id,
+            source.c.incarnation,
+            source.c.last_seen_unix_ns,
+            sa.func.coalesce(source.c.catalogue_slots, 1).label("slots"),
+            coverage.c.first_step,
+            coverage.c.rolled_step,
+            run.c.project,
+            run.c.name,
+        )
+        .join(run, run.c.id == source.c.run_id)
+        .outerjoin(coverage, coverage.c.source_id == source.c.id)
+        .order_by(source.c.run_id, source.c.incarnation, source.c.id)
+    )
+    return found if run_id is None else found.where(source.c.run_id == run_id)
 
 
-def _old_lives(engine: sa.Engine, before_unix_ns: int, run_id: int | None) -> list[_Life]:
-    """The lives of runs that have something older, with the step below which it is."""
-    source, run, milestone = schema.source, schema.run, schema.milestone
-    found: dict[tuple[int, int], list[Any]] = {}
+def _old(row: Any, below_step: int) -> _Old:
+    label = run_label(row.project, row.name)
+    return _Old(row.id, label, row.incarnation, row.first_step, below_step, max(1, row.slots))
+
+
+def _old_sources(engine: sa.Engine, before_unix_ns: int, run_id: int | None) -> list[_Old]:
+    """What is older, and held by the rollups."""
+    milestone = schema.milestone
+    reached = (
+        sa.select(milestone.c.run_id, milestone.c.incarnation, sa.func.max(milestone.c.step).label("step"))
+        .where(milestone.c.reached_unix_ns <= before_unix_ns)
+        .group_by(milestone.c.run_id, milestone.c.incarnation)
+    )
     with engine.connect() as connection:
-        sources = sa.select(
-            source.c.id, source.c.run_id, source.c.incarnation, source.c.last_seen_unix_ns, run.c.project, run.c.name
-        ).join(run, run.c.id == source.c.run_id)
-        if run_id is not None:
-            sources = sources.where(run.c.id == run_id)
-        for row in connection.execute(sources.order_by(source.c.run_id, source.c.incarnation, source.c.id)):
-            found.setdefault((row.run_id, row.incarnation), []).append(row)
-        reached = {
-            (row.run_id, row.incarnation): row.step
-            for row in connection.execute(
-                sa.select(milestone.c.run_id, milestone.c.incarnation, sa.func.max(milestone.c.step).label("step"))
-                .where(milestone.c.reached_unix_ns <= before_unix_ns)
-                .group_by(milestone.c.run_id, milestone.c.incarnation)
-            )
-        }
-    lives = []
-    for (run_of, incarnation), own in found.items():
-        below: int | None = None
-        if max(row.last_seen_unix_ns for row in own) > before_unix_ns:
-            below = (reached.get((run_of, incarnation), -1) + 1) // ALIGNMENT * ALIGNMENT
-        if below != 0:
-            label = run_label(own[0].project, own[0].name)
-            lives.append(_Life(run_of, label, incarnation, tuple(row.id for row in own), below))
-    return lives
+        old_step = {(row.run_id, row.incarnation): row.step for row in connection.execute(reached)}
+        sources = connection.execute(_sources(run_id)).all()
+    found = []
+    for row in sources:
+        below = (
+            LAST_STEP
+            if row.last_seen_unix_ns <= before_unix_ns
+            else old_step.get((row.run_id, row.incarnation), -1) + 1
+        )
+        if row.first_step is not None and (below := min(below, row.rolled_step)) > row.first_step:
+            found.append(_old(row, below))
+    return found
 
 
-def _delete_raw(engine: sa.Engine, life: _Life) -> Iterator[int]:
-    """Deletes the life's raw rows below its step in transactions of about CHUNK_ROWS; yields how many each took."""
-    for table, source_id in _places(life):
-        while True:
-            ahead = sa.select(table.c.step).where(*_old(table, source_id, life)).order_by(table.c.step)
-            with engine.begin() as connection:
-                end = connection.execute(ahead.offset(CHUNK_ROWS).limit(1)).scalar_one_or_none()
-                chunk = sa.delete(table).where(*_old(table, source_id, life))
-                if end is not None:
-                    last = connection.execute(ahead.limit(1)).scalar_one()
-                    chunk = chunk.where(table.c.step < max(end, last + 1))  # a step may have more rows than a chunk
-                deleted = connection.execute(chunk).rowcount
-            yield deleted
-            if end is None:
-                break
-
-
-def _count(engine: sa.Engine, life: _Life) -> Iterator[int]:
-    for table, source_id in _places(life):
+def _delete_steps(engine: sa.Engine, store: StatsStore, old: _Old) -> Iterator[int]:
+    """Deletes the source's old steps in transactions of about CHUNK_ROWS; yields how many rows each took."""
+    stride = max(1, CHUNK_ROWS // old.slots)
+    everything = [Span(old.source_id, old.incarnation, old.first_step, old.below_step - 1)]
+    while True:
         with engine.connect() as connection:
-            counting = sa.select(sa.func.count()).select_from(table).where(*_old(table, source_id, life))
-            yield connection.execute(counting).scalar_one()
-
-
-def _places(life: _Life) -> Iterator[tuple[sa.Table, int]]:
-    return ((table, source_id) for table in raw_tables() for source_id in life.source_ids)
-
-
-def _old(table: sa.Table, source_id: int, life: _Life) -> Sequence[sa.ColumnElement[bool]]:
-    own = [table.c.source_id == source_id]
-    return own if life.below_step is None else [*own, table.c.step < life.below_step]
+            batch = next(store.rows(connection, everything, [], batch_rows=1), None)
+            first = None if batch is None else batch["step"][0].as_py()
+        below = old.below_step if first is None else min(first + stride, old.below_step)
+        with engine.begin() as connection:
+            deleted = store.prune(connection, old.source_id, below)
+            for table in (schema.histogram, schema.extra):
+                connection.execute(sa.delete(table).where(table.c.source_id == old.source_id, table.c.step < below))
+        yield deleted
+        if below == old.below_step:
+            return
 
 
 def _shrink_sqlite(engine: sa.Engine, report: Report | None) -> None:

@@ -42,10 +42,11 @@ class SqlStats:
         stats = schema.stats
         connection.execute(sa.delete(stats).where(stats.c.source_id.in_(list(source_ids))))
 
-    def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> None:
-        """Removes the source's rows of the steps below `below_step`."""
+    def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> int:
+        """Removes the source's rows of the steps below `below_step`; returns how many those were."""
         stats = schema.stats
-        connection.execute(sa.delete(stats).where(stats.c.source_id == source_id, stats.c.step < below_step))
+        old = sa.delete(stats).where(stats.c.source_id == source_id, stats.c.step < below_step)
+        return connection.execute(old).rowcount
 
     def last_steps(self, connection: sa.Connection, source_id: int, count: int) -> list[int]:
         """The newest `count` recorded steps of a source, descending: a seek for each."""

@@ -43,8 +43,8 @@ class StatsStore(Protocol):
         """Removes everything of these sources."""
         ...
 
-    def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> None:
-        """Removes the source's rows of the steps below `below_step`."""
+    def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> int:
+        """Removes the source's rows of the steps below `below_step`; returns how many those were."""
         ...
 
     def last_steps(self, connection: sa.Connection, source_id: int, count: int) -> list[int]:
