@@ -394,7 +394,7 @@ def test_the_role_of_the_operations_page_reads_and_cannot_write(
         as_writer = open_engine(reader_url)
         with as_writer.connect() as connection:
             for attempt in ("DELETE FROM stats", "SELECT * FROM token"):
-                with pytest.raises(sa.exc.DBAPIError, match="permission denied|read-only transaction"):
+                with pytest.raises(sa.exc.DBAPIError, match=r"permission denied|read-only transaction"):
                     connection.execute(sa.text(attempt))
                 connection.rollback()
         as_writer.dispose()
