@@ -1,18 +1,22 @@
-"""The dashboard's entry: one page, three views, told apart by the address. Run by `python -m fp8scope_dashboard`."""
+"""The dashboard's entry: one page whose address says which view it shows. Run by `python -m fp8scope_dashboard`."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from fp8scope_dashboard.views import run, runs, shell, signin, tensor
+from fp8scope_dashboard.component import panel
+from fp8scope_dashboard.views import findings, run, runs, shell, signin, tensor
+
+VIEWS = {"findings": findings.view}
 
 
 def page() -> None:
     """The view that the address names, for those who may see it."""
     if not signin.permitted():
         return
+    panel.forget()
     where = shell.here()
-    view = tensor.view if where.layer else run.view if where.run else runs.view
+    view = VIEWS.get(where.view) or (tensor.view if where.layer else run.view if where.run else runs.view)
     shell.guarded(view)()
     signin.footer()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 
 import streamlit as st
@@ -11,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fp8scope_dashboard import download, login
-from fp8scope_dashboard.component import assets
+logging.getLogger("streamlit.runtime.caching").setLevel(logging.ERROR)  # it warns of caches made before its runtime is
+from fp8scope_dashboard import download, login  # noqa: E402
+from fp8scope_dashboard.component import assets  # noqa: E402
 
 
 def create_app() -> st.App:

@@ -20,7 +20,7 @@ from fp8core.records import Role
 from fp8scope_collector.export import Format, table_bytes
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP
 from fp8scope_collector.storage.reader import HeatMap, Reader, RunNotFound, RunSummary, Series, Slot, StorageError
-from fp8scope_dashboard import links, queries
+from fp8scope_dashboard import links, names, queries
 
 _MEDIA_TYPES: dict[Format, str] = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 
@@ -61,7 +61,10 @@ def table(reader: Reader, where: links.Where) -> tuple[str, pa.Table]:
             max_points=queries.MAX_POINTS,
         )
         return f"{run.name}-{slot.layer}-{slot.role}", _series(series, run, slot)
-    shown = [slot for slot in links.matching(slots, where.filter) if where.role in (None, slot.role)]
+    try:
+        shown = [slot for slot in names.matching(slots, where.filter) if where.role in (None, slot.role)]
+    except ValueError as error:
+        raise NothingToDownload(str(error)) from None
     heatmap = reader.heatmap(
         run.id,
         where.quantity,
@@ -81,9 +84,9 @@ def _slot(run: RunSummary, slots: list[Slot], where: links.Where) -> Slot:
 
 
 def _runs(runs: list[RunSummary]) -> pa.Table:
-    names = ("state", "first_step", "last_step", "rows", "ranks", "world_size", "incarnations", "dropped_rows")
+    fields = ("state", "first_step", "last_step", "rows", "ranks", "world_size", "incarnations", "dropped_rows")
     columns: dict[str, Any] = {"run": pa.array([run.ref for run in runs], pa.string())}
-    columns |= {name: pa.array([getattr(run, name) for run in runs]) for name in names}
+    columns |= {name: pa.array([getattr(run, name) for run in runs]) for name in fields}
     for name in ("created_unix_ns", "last_seen_unix_ns"):
         times = pa.array([getattr(run, name) for run in runs], pa.timestamp("ns", tz="UTC"))
         columns[name.removesuffix("_unix_ns")] = times

@@ -10,11 +10,13 @@ import functools
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import streamlit as st
 
+from fp8scope_collector.storage.acknowledge import AcknowledgeError, Acknowledger
 from fp8scope_collector.storage.reader import (
     HeatMap,
     Progress,
@@ -24,6 +26,8 @@ from fp8scope_collector.storage.reader import (
     Scalar,
     Series,
     Slot,
+    StorageError,
+    StoredFinding,
     Worst,
 )
 
@@ -104,6 +108,56 @@ def series(_url: str, run_id: int, rows: int, slot: int, first_step: int, last_s
     return reader().series(
         run_id, slot, TENSOR_FIELDS, first_step=first_step, last_step=last_step, max_points=MAX_POINTS
     )
+
+
+MOST_FINDINGS = 500
+
+
+@st.cache_data(ttl=1.5, max_entries=16, show_spinner=False)
+def _findings(url: str, run_id: int | None) -> list[StoredFinding]:
+    return _reader(url).findings(run_id, limit=MOST_FINDINGS)
+
+
+def findings(run_id: int | None = None) -> list[StoredFinding]:
+    """The worst and newest findings of a run, or of all runs."""
+    return _findings(database_url(), run_id)
+
+
+@st.cache_data(ttl=3.0, max_entries=4, show_spinner=False)
+def _open_findings(url: str) -> dict[int, dict[str, int]]:
+    counts: dict[int, dict[str, int]] = {}
+    for finding in _reader(url).findings(open_only=True, limit=10_000):
+        if finding.acknowledged_unix_ns is None:
+            of_run = counts.setdefault(finding.run_id, {})
+            of_run[finding.severity] = of_run.get(finding.severity, 0) + 1
+    return counts
+
+
+def findings_by_severity() -> dict[int, dict[str, int]]:
+    """How many open findings that nobody has acknowledged each run has, by severity."""
+    return _open_findings(database_url())
+
+
+def open_findings() -> dict[int, int]:
+    """How many open findings that nobody has acknowledged each run has."""
+    return {run_id: sum(counts.values()) for run_id, counts in findings_by_severity().items()}
+
+
+@st.cache_resource(show_spinner=False)
+def _acknowledger(url: str) -> Acknowledger:
+    return Acknowledger(url)
+
+
+def acknowledge(findings: Iterable[int], *, by: str, reason: str) -> str:
+    """Writes that somebody has seen findings; a sentence where that could not be done."""
+    try:
+        for finding in findings:
+            _acknowledger(database_url()).acknowledge(finding, by=by, reason=reason)
+    except (AcknowledgeError, StorageError) as error:
+        return str(error)
+    _findings.clear()
+    _open_findings.clear()
+    return ""
 
 
 @dataclass

@@ -75,6 +75,10 @@ LOST: Final[dict[str, list[str]]] = {
     "light": ["#ead7e6", "#d3aecb", "#b97fac", "#98518a", "#6d2a63", "#351033"],
     "dark": ["#3a2037", "#643359", "#93507f", "#c07aa8", "#e2aed0", "#fbe6f4"],
 }
+SPREAD: Final[dict[str, list[str]]] = {
+    "light": ["#d5e5f2", "#93c0e0", "#3f8fc6", "#0b4a83", "#052342"],
+    "dark": ["#173a55", "#1f6a9f", "#56B4E9", "#9fd4f5", "#e4f4ff"],
+}
 CIVIDIS: Final = [
     "#00224e",
     "#123570",

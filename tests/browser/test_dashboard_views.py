@@ -157,7 +157,7 @@ def cell(page: Page, facet: int, x: float, y: float) -> tuple[float, float]:
 
 def test_from_the_list_to_a_tensor_and_back(page: Page, server: str) -> None:
     page.goto(server)
-    page.locator(".fs-row", has_text="gpt").locator("a").click()
+    page.locator(".fs-row .fs-main a", has_text="gpt").click()
     drawn(page)
     assert parameters(page) == {"run": "gpt"}
 
@@ -245,7 +245,7 @@ def test_a_growing_run_is_seen_without_a_click_in_the_same_plot(page: Page, serv
 
 def test_names_from_training_jobs_are_text(page: Page, server: str) -> None:
     page.goto(server)
-    page.locator(".fs-row", has_text="onerror").locator("a").click()
+    page.locator(".fs-row .fs-main a", has_text="onerror").click()
     drawn(page)
 
     expect(page.locator(".fs-crumbs")).to_contain_text(HOSTILE)

@@ -10,7 +10,7 @@ import pytest
 
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, Quantity, Slot
-from fp8scope_dashboard import links, text
+from fp8scope_dashboard import links, names, text
 from fp8scope_dashboard.charts import overview, panels, ranking
 from fp8scope_dashboard.component import panel
 
@@ -96,31 +96,120 @@ def test_sparkline_keeps_a_single_spike_among_many_columns() -> None:
 def test_only_new_columns_travel() -> None:
     matrix = np.random.default_rng(0).normal(size=(50, 300)).astype(np.float32)
     matrix[3, :40] = np.nan
-    first = panel._sent(None, {"z": matrix})
+    first = panel._sent(None, {"z": matrix}, {"title": "a"})
     grown = np.hstack([matrix, np.ones((50, 2), np.float32)])
     grown[:, 299] = 7  # the column that was not complete
 
-    same = panel._sent(first, {"z": matrix.copy()})
-    second = panel._sent(first, {"z": grown})
+    same = panel._sent(first, {"z": matrix.copy()}, {"title": "a"})
+    second = panel._sent(first, {"z": grown}, {"title": "a"})
 
-    assert same is first
-    assert (first.base, second.base, second.version) == (None, 1, 2)
-    message = second.messages["z"]
+    assert (same.version, same.message) == (first.version, {"frame": None, "arrays": {}})
+    assert (first.base, second.base) == (None, first.version)
+    assert second.message["frame"] is None
+    message = second.message["arrays"]["z"]
     assert (message["keep"], message["shape"]) == (299, (50, 302))
     added = np.frombuffer(base64.b64decode(message["base64"]), np.float32).reshape(50, 3)
     np.testing.assert_array_equal(np.hstack([matrix[:, :299], added]), grown)
 
 
 def test_another_set_of_rows_travels_whole() -> None:
-    first = panel._sent(None, {"z": np.zeros((5, 9), np.float32)})
+    first = panel._sent(None, {"z": np.zeros((5, 9), np.float32)}, {})
 
-    second = panel._sent(first, {"z": np.zeros((4, 9), np.float32)})
+    second = panel._sent(first, {"z": np.zeros((4, 9), np.float32)}, {})
 
-    assert (second.base, second.version, second.messages["z"]["keep"]) == (None, 2, 0)
+    assert second.message["arrays"]["z"]["keep"] == 0
+    assert second.version != first.version
+
+
+def applied(old: Any, change: dict[str, Any]) -> Any:
+    """What panel.js makes of a patch."""
+    if "is" in change:
+        return change["is"]
+    new = list(old) if isinstance(old, list) else dict(old)
+    for key, inside in change["in"].items():
+        at = int(key) if isinstance(new, list) else key
+        new[at] = applied(new[at] if isinstance(new, list) or at in new else None, inside)
+    for key in change.get("out", []):
+        del new[key]
+    return new
 
 
 @pytest.mark.parametrize(
-    "result", [{}, {"go": 3}, {"go": {"params": 1}}, {"click": {"slot": "x"}}, {"zoom": {"from": "a"}}]
+    ("old", "new", "sent"),
+    [
+        (
+            {"a": [1, {"b": 2}], "c": 3},
+            {"a": [1, {"b": 5}], "c": 3},
+            {"in": {"a": {"in": {"1": {"in": {"b": {"is": 5}}}}}}},
+        ),
+        ({"a": 1, "b": 2}, {"b": 2, "d": [1]}, {"in": {"d": {"is": [1]}}, "out": ["a"]}),
+        ({"a": [1, 2]}, {"a": [1, 2, 3]}, {"in": {"a": {"is": [1, 2, 3]}}}),
+        ({"a": 0}, {"a": False}, {"in": {"a": {"is": False}}}),
+        ({"a": [1]}, {"a": [1]}, None),
+    ],
+)
+def test_of_a_figures_frame_only_what_changed_travels(old: Any, new: Any, sent: Any) -> None:
+    change = panel.patch(old, new)
+
+    assert change == sent
+    assert change is None or applied(old, change) == new
+
+
+def test_fixed_point_numbers_keep_missing_and_zero_apart() -> None:
+    codes = overview.fixed(np.array([[np.nan, -99.0, -3.21, 28.0, 500.0]]), 200)
+
+    assert codes.dtype == np.int16
+    assert codes.tolist() == [[overview.MISSING, overview.ZERO, -642, 5600, 32767]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("", ["blocks.0.attn.qkv", "blocks.11.mlp.fc1", "lm_head"]),
+        ("mlp", ["blocks.11.mlp.fc1"]),
+        ("blocks.?.*", ["blocks.0.attn.qkv"]),
+        (r"/^blocks\.\d+\.(attn|mlp)/", ["blocks.0.attn.qkv", "blocks.11.mlp.fc1"]),
+        ("/^(a+)+$/", []),
+    ],
+)
+def test_a_filter_is_a_glob_a_part_or_a_regular_expression(pattern: str, found: list[str]) -> None:
+    slots = [a_slot(i, name) for i, name in enumerate(["blocks.0.attn.qkv", "blocks.11.mlp.fc1", "lm_head"])]
+
+    assert [slot.layer for slot in names.matching(slots, pattern)] == found
+
+
+def test_a_regular_expression_that_backtracks_elsewhere_ends_at_once() -> None:
+    slots = [a_slot(0, "a" * 5000 + "!")]
+
+    assert names.matching(slots, "/^(a|a)*$/") == []  # re would try 2**5000 ways
+    with pytest.raises(ValueError, match="not a regular expression"):
+        names.matching(slots, "/(/")
+
+
+def test_the_tree_has_modules_in_model_order_and_filters_that_name_them() -> None:
+    layers = ["model.blocks.0.attn.qkv", "model.blocks.0.mlp.fc1", "model.blocks.1.mlp.fc1", "lm_head"]
+
+    model, head = names.tree(layers)
+
+    assert (model.name, model.layers, head.pattern) == ("model.blocks", 3, "lm_head")
+    assert [(node.name, node.layers, node.pattern) for node in model.inside.values()] == [
+        ("0", 2, "model.blocks.0.*"),
+        ("1.mlp.fc1", 1, "model.blocks.1.mlp.fc1"),
+    ]
+    slots = [a_slot(i, name) for i, name in enumerate(layers)]
+    assert [slot.layer for slot in names.matching(slots, "model.blocks.0.*")] == layers[:2]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {},
+        {"go": 3},
+        {"go": {"params": 1}},
+        {"click": {"slot": "x"}},
+        {"zoom": {"from": "a"}},
+        {"acknowledge": {"findings": 1}},
+    ],
 )
 def test_what_the_browser_reports_is_checked(result: dict[str, Any]) -> None:
     assert list(panel._events(result)) == []
@@ -146,6 +235,8 @@ def test_an_address_survives_a_round_trip() -> None:
     where = links.Where("llm/gpt", "blocks.0.x", Role.WEIGHT, "overflow", 3, None, "blocks.*", 17)
 
     assert links.parse(where.params()) == where
+    compared = links.Where(view="findings", runs=("a,b", "llm/ü"), show="open", sort="-step")
+    assert links.parse(compared.params()) == compared
     assert links.parse(links.Where(run="gpt").params()) == links.Where(run="gpt")
     assert links.Where(run="gpt").params() == {"run": "gpt"}
 

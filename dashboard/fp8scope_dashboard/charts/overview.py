@@ -16,22 +16,35 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8core.records import Role
-from fp8scope_collector.storage.reader import HeatMap, Quantity, Scalar, Slot
+from fp8scope_collector.storage.reader import HeatMap, Scalar, Slot
 from fp8scope_dashboard import text, theme
 from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, layer_axis, with_gaps
 
 Matrix = npt.NDArray[np.float64]
 
-TITLES: dict[Quantity, str] = {
+TITLES: dict[str, str] = {
     "headroom": "headroom − margin, bits",
     "scale_exp2": "log2 scale, distance from its median",
     "amax": "amax, log2",
     "overflow": "overflow, share of elements",
     "underflow": "underflow, share of elements",
+    "subnormal": "subnormal, share of elements",
     "nonfinite": "NaN and Inf, share of elements",
+    "sqnr_db": "SQNR − what the format gives normal data, dB",
+    "spread": "amax, largest rank against smallest, bits",
 }
-SHARES = ("overflow", "underflow", "nonfinite")
+SHARES = ("overflow", "underflow", "subnormal", "nonfinite")
+# What the cast alone leaves of normally distributed data when the scale is right: 31.5 dB in E4M3, 25.5 dB in E5M2.
+USUAL_SQNR_DB = {"E4M3FN": 31.5, "E4M3FNUZ": 31.5, "E5M2": 25.5, "E5M2FNUZ": 25.5}
+WORDS: dict[str, tuple[str, str]] = {  # what the pointer calls it, and how it writes it
+    "scale_exp2": ("scale", "exp2"),
+    "amax": ("amax", "log2"),
+    "headroom": ("headroom", "bits"),
+    "sqnr_db": ("SQNR", "db"),
+    "spread": ("spread", "bits"),
+}
 MAX_SCALARS = 3
+MISSING, ZERO = -32768, -32767  # as panel.js reads fixed-point numbers
 
 
 @dataclass(frozen=True)
@@ -107,14 +120,24 @@ def overview(
 
 def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) -> Shown:
     """What is coloured and how, for the given rows."""
+    quantity: str = heatmap.quantity
     low, high = heatmap.low[rows], heatmap.high[rows]
-    if heatmap.quantity in SHARES:
-        return _shares(heatmap.quantity, high)
-    if heatmap.quantity == "headroom":
+    if quantity in SHARES:
+        return _shares(quantity, high)
+    if quantity == "headroom":
         margins = np.array([slot.margin for slot in slots], dtype=np.float64)[:, None]
         ticks = [(-6.0, "−6"), (-4.0, "−4"), (-2.0, "−2"), (0.0, "margin"), (2.0, "+2"), (4.0, "+4"), (6.0, "+6")]
         return Shown(low, margins, _maps(theme.HEADROOM), -6, 6, ticks)
-    if heatmap.quantity == "amax":
+    if quantity == "sqnr_db":
+        usual = np.array([USUAL_SQNR_DB.get(slot.format, np.nan) for slot in slots])[:, None]
+        ticks = [(-12.0, "−12"), (-8.0, "−8"), (-4.0, "−4"), (0.0, "usual"), (4.0, "+4"), (8.0, "+8"), (12.0, "+12")]
+        return Shown(low, usual, _maps(theme.HEADROOM), -12, 12, ticks)
+    if quantity == "spread":
+        top = max(2.0, math.ceil(float(np.nanmax(high)))) if np.isfinite(high).any() else 2.0
+        ends = np.unique(np.linspace(0, top, 5).round())
+        colors = {name: [("$ground"), *shades] for name, shades in theme.SPREAD.items()}
+        return Shown(high, None, _maps(colors), 0.0, top, [(mark, f"{mark:.0f}") for mark in ends])
+    if quantity == "amax":
         with np.errstate(divide="ignore"):
             z = np.where(high > 0, np.log2(high), np.nan)
         bottom, top = _bounds(z)
@@ -124,19 +147,25 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) 
     reference = _median(low)
     farther = np.where(np.abs(high - reference) >= np.abs(low - reference), high, low)
     change = farther - reference
-    size = max(2.0, math.ceil(float(np.nanquantile(np.abs(change), 0.995)))) if np.isfinite(change).any() else 2.0
+    size = max(2.0, math.ceil(float(np.nanquantile(np.abs(change), 0.98)))) if np.isfinite(change).any() else 2.0
     marks = np.unique(np.linspace(-size, size, 5).round())
     words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
     return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words)
 
 
-def _shares(quantity: Quantity, ratio: Matrix) -> Shown:
+def fixed(values: Matrix, per: int) -> npt.NDArray[np.int16]:
+    """Values in units of 1/per, half as large as floats; NaN and the zero of a log scale have codes of their own."""
+    codes = np.clip(np.round(np.nan_to_num(values) * per), ZERO + 1, -MISSING - 1)
+    return np.where(np.isnan(values), MISSING, np.where(values <= -99, ZERO, codes)).astype(np.int16)
+
+
+def _shares(quantity: str, ratio: Matrix) -> Shown:
     with np.errstate(divide="ignore"):
         z = np.where(ratio > 0, np.log10(ratio), np.where(np.isnan(ratio), np.nan, -99.0))
     smallest = float(np.nanmin(np.where(z > -99, z, np.nan))) if (z > -99).any() else -6.0
     bottom = min(-3.0, math.floor(smallest))
     zero = 0.07 * -bottom  # the part of the bar below the smallest share: zero
-    colors = theme.LOST if quantity == "underflow" else theme.SHARE
+    colors = theme.LOST if quantity in ("underflow", "subnormal") else theme.SHARE
     scale = {"$theme": {name: theme.share_scale(shades, 0.07 / 1.07) for name, shades in colors.items()}}
     every = 1 if -bottom <= 6 else 2
     ticks = [(bottom - zero / 2, "0")] + [(float(e), text.share(10.0**e)) for e in range(0, int(bottom) - 1, -every)]
@@ -192,15 +221,14 @@ def _add_facet(
     axis: dict[str, Any],
     height_px: float,
 ) -> None:
-    quantity = heatmap.quantity
-    exact = shown.exact[rows].astype(np.float32)
-    z: Any = exact
+    quantity: str = heatmap.quantity
+    per = 1000 if quantity in SHARES else 100 if quantity == "sqnr_db" else 200
+    exact = fixed(shown.exact[rows], per)
+    z: dict[str, Any] = {"$fixed": exact, "per": per}
     if shown.reference is not None:  # the browser subtracts: one matrix travels, not two
-        z = {"$minus": exact, "rows": shown.reference[rows, 0].tolist()}
-    formats = {"headroom": "bits", "scale_exp2": "exp2", "amax": "log2"}
-    lines: list[dict[str, Any]] = [
-        {"name": "scale" if quantity == "scale_exp2" else quantity, "format": formats.get(quantity, "log10share")}
-    ]
+        z["rows"] = shown.reference[rows, 0].tolist()
+    name, form = WORDS.get(quantity, (quantity, "log10share"))
+    lines: list[dict[str, Any]] = [{"name": name, "format": form}]
     if quantity == "scale_exp2":
         lines.append({"name": "vs median", "format": "change", "minus": True})
     role = slots[0].role
@@ -222,6 +250,7 @@ def _add_facet(
                 "role": role.value,
                 "width": heatmap.width,
                 "values": exact,
+                "per": per,
                 "lines": lines,
             },
         }
@@ -250,8 +279,8 @@ def _add_facet(
         }
     )
     kind = ", ".join(f"{form or 'format unknown'}, margin {margin}" for form, margin in kinds)
-    name = f"<b>{role.value}</b>  <span style='font-size:10px'>{kind}</span>"
-    layout["annotations"].append(theme.label(name, domain[1], color=theme.ROLE_COLOR[role]))
+    title = f"<b>{role.value}</b>  <span style='font-size:10px'>{kind}</span>"
+    layout["annotations"].append(theme.label(title, domain[1], color=theme.ROLE_COLOR[role]))
 
 
 def _boundary(y: float, number: int) -> dict[str, Any]:

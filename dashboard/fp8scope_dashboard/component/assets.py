@@ -13,6 +13,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from fp8scope_dashboard.theme import PALETTES
+
 FOLDER = "fp8scope"
 _HERE = Path(__file__).parent
 
@@ -35,8 +37,13 @@ _FILES = {
 @functools.cache
 def addresses() -> dict[str, str]:
     """Each file's address, relative to the page."""
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, (path, _) in _FILES.items()}
-    return {name: f"{FOLDER}/{digest}/{name}" for name, digest in digests.items()}
+    return {name: f"{FOLDER}/{hashlib.sha256(_bytes(name)).hexdigest()[:12]}/{name}" for name in _FILES}
+
+
+def _bytes(name: str) -> bytes:
+    """The file; our code has the palettes of theme.py at its start."""
+    head = f"const PALETTES = {json.dumps(PALETTES)};\n".encode() if name == "panel.js" else b""
+    return head + _FILES[name][0].read_bytes()
 
 
 @functools.cache
@@ -44,8 +51,7 @@ def content(name: str) -> tuple[bytes, str] | None:
     """A file, compressed, and its media type; None if there is none of that name."""
     if name not in _FILES:
         return None
-    path, media_type = _FILES[name]
-    return gzip.compress(path.read_bytes(), 5), media_type
+    return gzip.compress(_bytes(name), 5), _FILES[name][1]
 
 
 def prepare() -> None:

@@ -1,8 +1,9 @@
-// The one component of the dashboard: a header, a table or a chart, told apart by data.kind.
+// The one component of the dashboard: a header, a table, findings, a tree or a chart, told apart by data.kind.
 //
 // Everything that a training job named reaches the page by textContent only. A chart wraps Plotly.react and keeps its
-// arrays: a message carries for each array only the columns after the first `keep` ones, on top of message `base`.
-// If `base` is not what this browser has, it asks for the whole chart by the trigger "resync".
+// frame and arrays: a message carries what changed of the frame, and of each array only the columns after the first
+// `keep` ones, on top of message `base`. If `base` is not what this browser has, it asks for the whole chart by the
+// trigger "resync". The rest is drawn anew where its message differs from the one before, and keeps focus and fold.
 
 const states = new WeakMap();
 
@@ -19,9 +20,10 @@ export async function mount(component, assets) {
   }
   state.assets = assets;
   state.send = component.setTriggerValue;
-  state.palette = paletteOf(state.root, data.palettes);
+  state.palette = paletteOf(state.root, PALETTES);
   for (const name of ["muted", "line"]) state.root.style.setProperty(`--fs-${name}`, state.palette[name]);
-  ({ header: renderHeader, table: renderTable, chart: renderChart })[data.kind](state, data);
+  if (data.kind === "chart") renderChart(state, data);
+  else renderParts(state, data);
   return () => {
     if (!parentElement.isConnected && state.plot) {
       state.observer.disconnect();
@@ -32,15 +34,33 @@ export async function mount(component, assets) {
   };
 }
 
+// Drawn anew only if something changed, never below somebody who is typing; the focus stays on the same link.
+function renderParts(state, data) {
+  const drawn = JSON.stringify([data, state.palette.name]);
+  if (drawn === state.shown || state.root.querySelector(":is(input, textarea):focus")) return;
+  state.shown = drawn;
+  const focused = state.root.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+  const parts = { header: headerParts, table: tableParts, findings: findingsParts, tree: treeParts }[data.kind];
+  state.root.replaceChildren(...parts(state, data));
+  if (focused !== null) [...state.root.querySelectorAll("a")].find((a) => a.getAttribute("href") === focused)?.focus();
+}
+
 // ---------------------------------------------------------------- header
 
-function renderHeader(state, data) {
-  const crumbs = element("div", "fs-crumbs");
+function headerParts(state, data) {
+  const crumbs = element("nav", "fs-crumbs");
   data.crumbs.forEach((crumb, i) => {
     if (i) crumbs.append(element("span", "fs-sep", "▸"));
     const style = i === 0 ? "fs-brand" : i === data.crumbs.length - 1 ? "fs-here" : "";
     crumbs.append(crumb.to !== null && crumb.to !== undefined ? link(state, crumb.to, crumb.text, style) : element("span", style, crumb.text));
   });
+  const tabs = element("nav", "fs-tabs");
+  for (const tab of data.tabs || []) {
+    const item = link(state, tab.to, tab.text, tab.here ? "fs-here" : "");
+    if (tab.here) item.setAttribute("aria-current", "page");
+    if (tab.count) item.append(element("span", "fs-count", grouped(tab.count)));
+    tabs.append(item);
+  }
   const nav = element("div", "fs-nav");
   for (const item of data.nav || []) nav.append(link(state, item.to, item.text));
   const status = element("div", "fs-status");
@@ -49,32 +69,43 @@ function renderHeader(state, data) {
     const item = element("span", "");
     if (part.color) item.append(dot(state, part.color));
     item.append(part.text);
-    if (part.title) item.title = part.title;
+    if (part.title) item.title = part.when ? `${part.title} ${longTime(part.when)}` : part.title;
     status.append(item);
   });
   const bar = element("div", "fs-header");
-  bar.append(crumbs, nav, status);
-  state.root.replaceChildren(bar);
+  bar.append(crumbs, tabs, nav, status);
+  return [bar];
+}
+
+function titleParts(state, data) {
+  if (!data.title) return [];
+  const title = element("div", "fs-title");
+  title.append(element("b", "", data.title));
+  for (const action of data.actions || []) {
+    title.append(action.to ? link(state, action.to, action.text, action.main ? "fs-button" : "fs-link") : element("span", "", action.text));
+  }
+  title.append(element("span", "fs-end", data.subtitle || ""));
+  return [title];
 }
 
 // ---------------------------------------------------------------- table
 
-function renderTable(state, data) {
-  const parts = [];
-  if (data.title) {
-    const title = element("div", "fs-title");
-    title.append(element("b", "", data.title), element("span", "", data.subtitle || ""));
-    parts.push(title);
-  }
+function tableParts(state, data) {
+  const parts = titleParts(state, data);
   if (!data.rows.length) {
-    parts.push(element("div", "fs-empty", data.empty));
-    state.root.replaceChildren(...parts);
-    return;
+    if (data.empty) parts.push(element("div", "fs-empty", data.empty));
+    return parts;
   }
   const table = element("table", `fs-table ${data.style || ""}`);
   if (data.columns) {
     const head = table.createTHead().insertRow();
-    for (const column of data.columns) head.append(element("th", column.right ? "fs-right" : "", column.text));
+    for (const column of data.columns) {
+      const cell = element("th", column.right ? "fs-right" : "");
+      if (column.sorted) cell.setAttribute("aria-sort", column.sorted);
+      const arrow = { descending: " ▾", ascending: " ▴" }[column.sorted] || "";
+      cell.append(column.to ? link(state, column.to, column.text + arrow) : column.text);
+      head.append(cell);
+    }
   }
   const body = table.createTBody();
   for (const row of data.rows) {
@@ -84,12 +115,14 @@ function renderTable(state, data) {
       line.onclick = (event) => event.target.closest("a") || go(state, row.to);
     }
     if (row.here) line.classList.add("fs-here");
-    row.cells.forEach((cell, i) => line.append(tableCell(state, cell, i === 0 ? row.to : null)));
+    if (row.group) line.classList.add("fs-group");
+    const linked = Math.max(0, row.cells.findIndex((cell) => cell.link));
+    row.cells.forEach((cell, i) => line.append(tableCell(state, cell, cell.to || (i === linked ? row.to : null))));
   }
   const scroll = element("div", "fs-scroll");
   scroll.append(table);
   parts.push(scroll);
-  state.root.replaceChildren(...parts);
+  return parts;
 }
 
 function tableCell(state, cell, to) {
@@ -99,9 +132,25 @@ function tableCell(state, cell, to) {
     td.append(sparkline(state, cell.spark, cell.color));
     return td;
   }
+  if (cell.check) {
+    const box = link(state, cell.check.to, cell.check.on ? "✓" : "", "fs-check");
+    box.setAttribute("role", "checkbox");
+    box.setAttribute("aria-checked", cell.check.on);
+    box.setAttribute("aria-label", cell.check.label);
+    td.className = "fs-tick";
+    td.append(box);
+    return td;
+  }
   const main = element("div", cell.style || "");
   if (cell.dot) main.append(dot(state, cell.dot));
-  main.append(to ? link(state, to, cell.text) : cell.text);
+  if (cell.marks) {
+    const marks = link(state, to, "", "fs-marks");
+    for (const mark of cell.marks) marks.append(dot(state, mark.dot), mark.text, " ");
+    main.append(marks);
+  } else {
+    const text = cell.text || (cell.when ? shortTime(cell.when) : "");
+    main.append(to ? link(state, to, text) : text);
+  }
   td.append(main);
   if (cell.sub) {
     const sub = element("div", "fs-sub");
@@ -109,8 +158,112 @@ function tableCell(state, cell, to) {
     sub.append(cell.sub);
     td.append(sub);
   }
-  if (cell.title) td.title = cell.title;
+  const title = cell.title || (cell.when ? longTime(cell.when) : "");
+  if (title) td.title = title;
   return td;
+}
+
+// ---------------------------------------------------------------- findings
+
+function findingsParts(state, data) {
+  const parts = titleParts(state, data);
+  if (!data.entries.length) {
+    if (data.empty) parts.push(element("div", data.compact ? "fs-none" : "fs-empty", data.empty));
+    return parts;
+  }
+  state.open ??= new Set();
+  const list = element("div", `fs-findings ${data.compact ? "fs-compact" : ""}`);
+  for (const entry of data.entries) list.append(finding(state, entry));
+  if (data.more) list.append(link(state, data.more.to, data.more.text, "fs-more"));
+  parts.push(list);
+  return parts;
+}
+
+function finding(state, entry) {
+  const details = element("details", `fs-finding ${entry.state === "open" ? "" : "fs-past"}`);
+  const id = entry.ids[0];
+  details.open = state.open.has(id);
+  details.ontoggle = () => state.open[details.open ? "add" : "delete"](id);
+  const line = element("summary", "");
+  const severity = element("span", "fs-severity");
+  severity.append(dot(state, entry.severity), entry.severity);
+  const what = element("span", "fs-what");
+  if (entry.tensor) {
+    if (entry.tensor.role) what.append(roleMark(state, entry.tensor.role), `${entry.tensor.role} of `);
+    const { to, layer, count } = entry.tensor;
+    what.append(to && !count ? link(state, to, layer, "fs-strong") : element("span", "fs-strong", count || layer));
+    what.append(": ");
+  }
+  what.append(entry.says, element("span", "fs-evidence", entry.evidence));
+  const when = element("span", "fs-since", entry.since);
+  when.title = `${entry.rule}, first seen ${longTime(entry.opened)}`;
+  line.append(severity, what);
+  if (entry.run) line.append(link(state, entry.run.to, entry.run.text, "fs-link fs-of"));
+  const how = entry.seen ? `seen by ${entry.seen.by}` : entry.state === "closed" ? entry.ending || "closed" : "why · what to do";
+  line.append(when, element("span", "fs-how", how));
+  const body = element("dl", "fs-why");
+  const tell = (name, ...what) => {
+    const value = element("dd", "");
+    value.append(...what);
+    body.append(element("dt", "", name), value);
+  };
+  tell("why", entry.cause);
+  tell("what to do", entry.remedy, ...(entry.change ? [element("pre", "fs-code", entry.change)] : []));
+  if (entry.members) {
+    const members = element("dd", "fs-members");
+    for (const { to, text, title } of entry.members) members.append(Object.assign(link(state, to, text, "fs-link"), { title }));
+    body.append(element("dt", "", "tensors"), members);
+  }
+  const facts = [entry.rule, `worst at ${entry.worst}`, entry.ranks, `first seen ${longTime(entry.opened)}`].filter(Boolean).join(" · ");
+  tell("evidence", link(state, entry.evidence_to, `look at ${entry.worst}`, "fs-link"), element("span", "fs-sub", `  ${facts}`));
+  if (entry.seen) tell("seen", `${entry.seen.by}: ${entry.seen.reason} `, element("span", "fs-sub", longTime(entry.seen.when)));
+  else if (entry.state === "open") tell("acknowledge", acknowledgeForm(state, entry.ids));
+  details.append(line, body);
+  return details;
+}
+
+function acknowledgeForm(state, ids) {
+  const form = element("form", "fs-form");
+  const field = (name, hint, value) => {
+    const input = element("input", "");
+    Object.assign(input, { name, placeholder: hint, value, required: true, maxLength: name === "by" ? 256 : 4096 });
+    input.setAttribute("aria-label", hint);
+    return input;
+  };
+  const button = element("button", "", ids.length > 1 ? `acknowledge all ${ids.length}` : "acknowledge");
+  const by = field("by", "who", window.localStorage.getItem("fp8scope who") || "");
+  const reason = field("reason", "why it may stay open", "");
+  form.append(by, reason, button);
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    window.localStorage.setItem("fp8scope who", by.value);
+    document.activeElement.blur();
+    state.send("acknowledge", { findings: ids, by: by.value, reason: reason.value, at: Date.now() });
+  };
+  return form;
+}
+
+// ---------------------------------------------------------------- tree
+
+function treeParts(state, data) {
+  const branch = (node) => {
+    const label = element("span", "fs-node");
+    label.append(link(state, node.to, node.text, node.here ? "fs-here" : ""), element("span", "fs-sub", node.layers > 1 ? ` ${node.layers}` : ""));
+    if (!node.inside.length) {
+      const leaf = element("div", "fs-leaf");
+      leaf.append(label);
+      return leaf;
+    }
+    const details = element("details", "");
+    details.open = node.open;
+    const summary = element("summary", "");
+    summary.append(label);
+    details.append(summary, ...node.inside.map(branch));
+    return details;
+  };
+  const root = element("div", "fs-tree");
+  root.append(...data.nodes.map(branch));
+  return [root];
 }
 
 function roleMark(state, role) {
@@ -151,17 +304,24 @@ async function renderChart(state, data) {
     state.root.append(state.plot, state.note, state.tip);
     state.observer = new ResizeObserver(() => state.drawn && state.plot.offsetWidth && window.Plotly.Plots.resize(state.plot));
   }
-  state.plot.style.height = `${data.height}px`;
   if (state.version !== data.version) {
     if (data.base !== null && data.base !== state.version) {
       state.send("resync", data.version);
       return;
     }
     const old = data.base === null ? {} : state.arrays;
-    state.arrays = {};
+    state.arrays = { ...old };
     for (const [name, array] of Object.entries(data.arrays)) state.arrays[name] = splice(old[name], array);
+    if (data.frame) state.frame = patched(state.frame, data.frame);
     state.version = data.version;
-  }
+  } else if (state.drawn && state.theme === state.palette.name) return;
+  state.theme = state.palette.name;
+  await draw(state);
+}
+
+async function draw(state) {
+  const data = state.frame;
+  state.plot.style.height = `${data.height}px`;
   const Plotly = await plotly(state.assets["plotly.js"]);
   const colors = { ...state.palette, font: getComputedStyle(state.root).fontFamily };
   const theme = state.palette.name;
@@ -176,9 +336,8 @@ async function renderChart(state, data) {
     listen(state);
     state.observer.observe(state.root);
   }
-  state.data = data;
   state.note.replaceChildren(...(data.note || []).map((text) => element("span", "", text)));
-  state.root.dataset.version = data.version;
+  state.root.dataset.version = state.version;
   state.root.dataset.columns = Math.max(0, ...traces.filter((t) => t.type === "heatmap").map((t) => t.x.length));
 }
 
@@ -244,7 +403,7 @@ function cellLines(point) {
   const lines = [[null, about.names[row]]];
   if (about.role) lines.push(["role", about.role]);
   lines.push([about.width > 1 ? "steps" : "step", steps]);
-  for (const line of about.lines) lines.push([line.name, formatted(line.minus ? point.z : about.values[row][column], line.format)]);
+  for (const line of about.lines) lines.push([line.name, formatted(line.minus ? point.z : unfixed(about.values[row][column], about.per), line.format)]);
   return lines;
 }
 
@@ -262,11 +421,13 @@ function pointLines(points) {
 
 // ---------------------------------------------------------------- arrays and tokens
 
-const TYPES = { f4: Float32Array, f8: Float64Array, i4: Int32Array };
+const TYPES = { f4: Float32Array, f8: Float64Array, i2: Int16Array, i4: Int32Array };
 
 // The old array's first `keep` columns and the new ones behind them; rows of a matrix are views of one buffer.
 function splice(old, { dtype, shape, keep, base64 }) {
-  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   const added = new TYPES[dtype](bytes.buffer);
   const [rows, columns] = shape.length === 2 ? shape : [1, shape[0]];
   const fresh = columns - keep;
@@ -280,8 +441,25 @@ function splice(old, { dtype, shape, keep, base64 }) {
   return shape.length === 2 ? result : result[0];
 }
 
-// Each row of a matrix minus a number of its own.
-const less = (matrix, rows) => matrix.map((row, i) => row.map((v) => v - rows[i]));
+// What the server's `patch` describes, done; what did not change stays the same object.
+function patched(old, change) {
+  if ("is" in change) return change.is;
+  const copy = Array.isArray(old) ? old.slice() : { ...old };
+  for (const [key, inside] of Object.entries(change.in)) copy[key] = patched(copy[key], inside);
+  for (const key of change.out || []) delete copy[key];
+  return copy;
+}
+
+// Fixed-point numbers as floats, each row less a number of its own; no data is NaN, a share of zero lies below all others.
+const [MISSING, ZERO] = [-32768, -32767];
+const unfixed = (v, per) => (v === MISSING ? NaN : v === ZERO ? -99 : v / per);
+function floats({ $fixed, per, rows }, arrays) {
+  return arrays[$fixed.$array].map((row, i) => {
+    const [result, less] = [new Float32Array(row.length), rows ? rows[i] : 0];
+    for (let j = 0; j < row.length; j++) result[j] = unfixed(row[j], per) - less;
+    return result;
+  });
+}
 
 // The figure with arrays, colours of the theme and maps of the theme put in. Tokens count only where colours and fonts
 // are named: a layer may be called "$text".
@@ -290,7 +468,7 @@ function fill(value, arrays, colors, theme, key = "") {
   if (Array.isArray(value)) return value.map((item) => fill(item, arrays, colors, theme, key));
   if (value === null || typeof value !== "object") return value;
   if ("$array" in value) return arrays[value.$array];
-  if ("$minus" in value) return less(arrays[value.$minus.$array], value.rows);
+  if ("$fixed" in value) return floats(value, arrays);
   if ("$theme" in value) return fill(value.$theme[theme], arrays, colors, theme, key);
   return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, fill(item, arrays, colors, theme, name)]));
 }
@@ -355,6 +533,10 @@ const FORMATS = {
   share: (v) => (v === 0 ? "0" : v < 1e-4 ? `${significant(v * 1e6)} ppm` : `${significant(v * 100)} %`),
 };
 const formatted = (v, format) => (v === null || v === undefined || Number.isNaN(v) ? "no data" : FORMATS[format](v));
+
+// The viewer's own time zone: times travel as numbers.
+const shortTime = (ms) => new Date(ms).toLocaleString(undefined, { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" });
+const longTime = (ms) => new Date(ms).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "long" });
 
 // ---------------------------------------------------------------- elements
 

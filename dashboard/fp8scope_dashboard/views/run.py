@@ -1,4 +1,4 @@
-"""One run, live: scalars and the heat map of layers x steps on one axis, the worst tensors beside it.
+"""One run, live: what was found, then scalars and the heat map of layers x steps on one axis, the worst tensors beside.
 
 A cell or an entry opens the tensor at that step. A range drawn in the chart becomes the range of the address, and the
 columns get as fine as it allows; a double click goes back to the whole run.
@@ -7,25 +7,29 @@ columns get as fine as it allows; a double click goes back to the whole run.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import streamlit as st
 
 from fp8core.records import Role
-from fp8scope_collector.storage.reader import HeatMap, Quantity, RunSummary, Slot
-from fp8scope_dashboard import links, queries, text
+from fp8scope_collector.storage.reader import QUANTITIES, HeatMap, Quantity, RunSummary, Slot
+from fp8scope_dashboard import links, names, queries, text
 from fp8scope_dashboard.charts import overview, ranking
 from fp8scope_dashboard.component import panel
-from fp8scope_dashboard.views import shell
+from fp8scope_dashboard.views import findings, shell
 
-QUANTITIES: dict[Quantity, str] = {
+NAMES: dict[str, str] = {
     "scale_exp2": "scale",
     "amax": "amax",
     "headroom": "headroom",
     "overflow": "overflow",
     "underflow": "underflow",
+    "subnormal": "subnormal",
+    "sqnr_db": "SQNR",
     "nonfinite": "NaN, Inf",
+    "spread": "spread of ranks",
 }
 ALL = "all"
 RECENT_STEPS = 100
@@ -45,13 +49,14 @@ def view() -> None:
         st.info(f"This run has no rows yet; last heard from {age} ago. They appear with its first `monitor.step()`.")
         st.fragment(_wait_for_rows, run_every=shell.TICK_S)(run.ref)
         return
+    st.fragment(shell.guarded(findings.strip), run_every=shell.live(run))(where, run.id)
     _controls(where, run)
     st.fragment(shell.guarded(_body), run_every=shell.live(run))(where, run.last_step or 0)
 
 
 def _header(where: links.Where) -> None:
     if run := queries.run(where.run):
-        shell.follow(panel.header("header", crumbs=shell.crumbs(run), status=shell.status(run)))
+        shell.header(where, run)
 
 
 def _wait_for_rows(ref: str) -> None:
@@ -62,15 +67,53 @@ def _wait_for_rows(ref: str) -> None:
 
 def _controls(where: links.Where, run: RunSummary) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        names: Mapping[str, str] = {str(quantity): name for quantity, name in QUANTITIES.items()}
-        shell.choose(
-            "quantity", list(names), where.quantity, names, lambda q: replace(where, quantity=links.quantity(q))
-        )
+        _quantity(where)
         roles = [*(role.value for role in Role), ALL]
         role = where.role.value if where.role else ALL
         shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == ALL else Role(r)))
         _range(where, run)
-        _filter(where)
+        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=210)
+        with st.popover("modules", type="tertiary"):
+            _modules(where, queries.slots_of(run))
+
+
+def _quantity(where: links.Where) -> None:
+    key = f"quantity {where.quantity}"
+    options = [*QUANTITIES]
+
+    def changed() -> None:
+        shell.move(replace(where, quantity=st.session_state[key]))
+
+    st.selectbox(
+        "quantity",
+        options,
+        options.index(where.quantity),
+        lambda option: NAMES.get(option, option),
+        key,
+        on_change=changed,
+        label_visibility="collapsed",
+        width=160,
+    )
+
+
+def _modules(where: links.Where, slots: Sequence[Slot]) -> None:
+    """The model as a tree whose nodes are filters."""
+
+    def node(module: names.Module) -> dict[str, Any]:
+        inside = [node(child) for child in module.inside.values()]
+        here = module.pattern == where.filter
+        return {
+            "text": module.name,
+            "layers": module.layers,
+            "to": where.to(filter=module.pattern),
+            "here": here,
+            "inside": inside,
+            "open": any(child["here"] or child["open"] for child in inside),
+        }
+
+    modules = names.tree(list(dict.fromkeys(slot.layer for slot in slots)))
+    every = {"text": "all layers", "layers": 0, "to": where.to(filter=""), "here": not where.filter, "inside": []}
+    shell.follow(panel.tree("modules", [every, *(node(module) for module in modules)]))
 
 
 def _range(where: links.Where, run: RunSummary) -> None:
@@ -90,32 +133,17 @@ def _range(where: links.Where, run: RunSummary) -> None:
     st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=230)
 
 
-def _filter(where: links.Where) -> None:
-    key = f"filter {where.filter}"
-
-    def changed() -> None:
-        shell.move(replace(where, filter=st.session_state[key].strip()))
-
-    placeholder = "filter: blocks.1*.mlp*"
-    st.text_input(
-        "filter",
-        where.filter,
-        200,
-        key,
-        on_change=changed,
-        placeholder=placeholder,
-        label_visibility="collapsed",
-        width=190,
-    )
-
-
 def _body(where: links.Where, drawn_to: int) -> None:
     run = queries.run(where.run)
     if run is None or run.last_step is None or run.first_step is None:
         return
     if where.last_step is None and run.last_step > drawn_to * REDRAW:
         st.rerun()
-    slots = [slot for slot in links.matching(queries.slots_of(run), where.filter) if where.role in (None, slot.role)]
+    try:
+        slots = [s for s in names.matching(queries.slots_of(run), where.filter) if where.role in (None, s.role)]
+    except ValueError as error:
+        st.info(shell.escaped(f"{error}."))
+        return
     if not slots:
         st.info(f"No layer matches {shell.escaped(where.filter)}. A glob must match the whole name: blocks.1\\*.mlp\\*")
         return
@@ -159,7 +187,8 @@ def _note(heatmap: HeatMap, first: int, last: int) -> str:
     steps = text.count(last - first + 1)
     if heatmap.width == 1:
         return f"every one of {steps} steps"
-    return f"{text.count(heatmap.low.shape[1])} columns of {heatmap.width} steps for {steps} steps, extremes kept"
+    shown = text.count(heatmap.low.shape[1])
+    return f"showing {shown} columns of {text.count(heatmap.width)} steps for {steps} steps, extremes kept"
 
 
 def _worst(where: links.Where, maps: Mapping[Quantity, HeatMap], slots: list[Slot], steps: int) -> panel.Event | None:

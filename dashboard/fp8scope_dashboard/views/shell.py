@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import streamlit as st
 
 from fp8scope_collector.storage.reader import RunSummary, StorageError
-from fp8scope_dashboard import links, queries, text
+from fp8scope_dashboard import links, names, queries, text
 from fp8scope_dashboard.component import panel
 
 TICK_S = 2.0
 STATE_COLOR = {"running": "info", "stale": "warning", "finished": "muted", "failed": "critical"}
+RUN_VIEWS, GLOBAL_VIEWS = ("", "findings"), ("findings",)
 HOW_TO_RECORD = (
     'Attach a training job: `fp8scope_agent.attach(model, run="my-run")`. It appears here with its first message.'
 )
@@ -29,7 +30,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*arguments)
         except StorageError as error:
-            st.error(_escaped(f"{error}"))
+            st.error(escaped(f"{error}"))
             st.caption("This page tries again by itself every few seconds.")
             st.fragment(_retry, run_every=TICK_S)()
 
@@ -57,9 +58,15 @@ def move(where: links.Where) -> None:
 
 
 def follow(event: panel.Event | None) -> None:
-    """Opens the view of a link that was clicked; other events are the caller's."""
+    """Opens the view of a link that was clicked, or acknowledges a finding; other events are the caller's."""
     if isinstance(event, panel.Go):
         go(links.parse(event.params))
+    elif isinstance(event, panel.Acknowledge):
+        problem = queries.acknowledge(event.findings, by=event.by, reason=event.reason)
+        if problem:
+            st.toast(escaped(problem))
+        else:
+            st.rerun()
 
 
 def go(where: links.Where) -> None:
@@ -73,13 +80,13 @@ def live(run: RunSummary) -> float | None:
     return TICK_S if run.state in ("running", "stale") else None
 
 
-def status(run: RunSummary) -> list[dict[str, str]]:
+def _status(run: RunSummary) -> list[dict[str, Any]]:
     """The state of a run in a line: state, step, age, ranks, losses."""
     age = text.duration((time.time_ns() - run.last_seen_unix_ns) / 1e9)
-    parts = [{"text": run.state, "color": STATE_COLOR[run.state]}]
+    parts: list[dict[str, Any]] = [{"text": run.state, "color": STATE_COLOR[run.state], "title": run.outcome_message}]
     if run.last_step is not None:
         parts.append({"text": f"step {text.count(run.last_step)}"})
-    parts.append({"text": f"{age} ago", "title": "age of the last message"})
+    parts.append({"text": f"{age} ago", "title": "last message", "when": run.last_seen_unix_ns // 10**6})
     parts.append({"text": f"{run.ranks}/{run.world_size} ranks"})
     if run.incarnations > 1:
         parts.append({"text": f"incarnation {run.incarnations}", "title": "process lives: the run was resumed"})
@@ -89,33 +96,65 @@ def status(run: RunSummary) -> list[dict[str, str]]:
     return parts
 
 
-def crumbs(run: RunSummary | None = None, where: links.Where | None = None) -> list[dict[str, Any]]:
-    """fp8scope, runs, the run, the layer: each with its link."""
-    found: list[dict[str, Any]] = [{"text": "fp8scope", "to": {}}]
-    found.append({"text": "runs", "to": {} if run else None})
-    if run:
-        to_run = where.to(layer="", role=None, step=None) if where and where.layer else None
-        found.append({"text": run.ref, "to": to_run})
-    if where and where.layer:
-        found.append({"text": where.layer, "to": None})
-    return found
+def filter_box(where: links.Where, placeholder: str, *, width: int = 190) -> None:
+    """A text field whose content is the filter of the address."""
+    key = f"filter {where.filter}"
+
+    def changed() -> None:
+        move(replace(where, filter=st.session_state[key].strip()))
+
+    st.text_input(
+        "filter",
+        where.filter,
+        names.LONGEST_FILTER,
+        key,
+        on_change=changed,
+        placeholder=placeholder,
+        label_visibility="collapsed",
+        width=width,
+    )
+
+
+def header(where: links.Where, run: RunSummary | None = None, *, nav: Sequence[Mapping[str, Any]] = ()) -> None:
+    """The line at the top: where we are, what else there is, neighbours, the state of the run; follows its links."""
+    crumbs: list[dict[str, Any]] = [{"text": "fp8scope", "to": {}}]
+    crumbs.append({"text": "runs", "to": {} if where != links.Where() else None})
+    found = queries.open_findings()
+    if run is None:
+        tabs = [("runs", "", {}), *((view, view, {"view": view}) for view in GLOBAL_VIEWS)]
+        status = []
+        if where.view:
+            crumbs = [crumbs[0], {"text": where.view, "to": None}]
+    else:
+        tabs = [(view or "overview", view, where.leave(view=view)) for view in RUN_VIEWS]
+        status = _status(run)
+        at_run = not where.layer and not where.view
+        crumbs.append({"text": run.ref, "to": None if at_run else where.leave()})
+        if where.layer:
+            crumbs.append({"text": where.layer, "to": None})
+    shown = []
+    for name, view, to in tabs:
+        count = sum(found.values()) if run is None else found.get(run.id, 0)
+        here = where.view == view and not where.layer
+        shown.append({"text": name, "to": to, "here": here, "count": count if view == "findings" and count else None})
+    follow(panel.header("header", crumbs=crumbs, tabs=shown, nav=nav, status=status))
 
 
 def pick_run(where: links.Where) -> RunSummary | None:
     """The run of the address, or a sentence about which there are."""
     run = queries.run(where.run)
     if run is None:
-        follow(panel.header("header", crumbs=crumbs()))
+        header(replace(where, run="", layer="", view=""))
         known = ", ".join(run.ref for run in queries.runs()[:8]) or "none yet"
-        st.warning(_escaped(f"Run {where.run!r} is not in this database. Runs here: {known}."))
+        st.warning(escaped(f"Run {where.run!r} is not in this database. Runs here: {known}."))
     return run
 
 
 def choose(
-    label: str, options: list[str], chosen: str, names: Mapping[str, str], change: Callable[[str], links.Where]
+    label: str, options: Sequence[str], chosen: str, words: Mapping[str, str], change: Callable[[str], links.Where]
 ) -> None:
     """A choice that the address decides: a change goes to the address first."""
-    key = f"{label} {chosen}"
+    key = f"{label} {chosen}"  # has the value: going back in the browser moves the control, too
 
     def changed() -> None:
         move(change(st.session_state[key] or chosen))
@@ -126,7 +165,7 @@ def choose(
         default=chosen,
         key=key,
         on_change=changed,
-        format_func=lambda option: names.get(option, option),
+        format_func=lambda option: words.get(option, option),
         label_visibility="collapsed",
         required=True,
     )
@@ -142,8 +181,4 @@ def zoomed(where: links.Where, event: panel.Zoom, last_step: int) -> links.Where
 
 def escaped(value: str) -> str:
     """Text from a training job for streamlit's markdown: shown as it is."""
-    return _escaped(value)
-
-
-def _escaped(value: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!<>|$~:&^=" else c for c in value)

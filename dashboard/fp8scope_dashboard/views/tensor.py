@@ -25,12 +25,9 @@ def view() -> None:
     slots = queries.slots_of(run)
     layers = list(dict.fromkeys(slot.layer for slot in slots))
     if where.layer not in layers:
-        shell.follow(
-            panel.header("header", crumbs=shell.crumbs(run, replace(where, layer="")), status=shell.status(run))
-        )
+        shell.header(replace(where, layer=""), run)
         name = f"Layer {where.layer!r}" if where.layer else "No layer is given; one"
         st.warning(shell.escaped(f"{name} is not in run {run.ref!r}. Choose a tensor on the run's page."))
-        shell.follow(panel.header("back", crumbs=[{"text": "to the run", "to": where.to(layer="", role=None)}]))
         return
     mine = [slot for slot in slots if slot.layer == where.layer]
     chosen = next((slot for slot in mine if slot.role == where.role), mine[0])
@@ -54,7 +51,7 @@ def _header(where: links.Where, layers: list[str]) -> None:
         nav.append({"text": f"‹ {layers[at - 1]}", "to": where.to(layer=layers[at - 1])})
     if at + 1 < len(layers):
         nav.append({"text": f"{layers[at + 1]} ›", "to": where.to(layer=layers[at + 1])})
-    shell.follow(panel.header("header", crumbs=shell.crumbs(run, where), nav=nav, status=shell.status(run)))
+    shell.header(where, run, nav=nav)
 
 
 def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
