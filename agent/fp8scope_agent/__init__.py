@@ -6,9 +6,10 @@ Names are loaded on first use: the sender process lives in this package too, and
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Monitor", "Snapshot", "__version__", "attach"]
+__all__ = ["Monitor", "Shadow", "Snapshot", "__version__", "attach"]
 
 if TYPE_CHECKING:
+    from .adapters.shadow import Shadow
     from .monitor import Monitor
     from .session import attach
     from .snapshot import Snapshot
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> object:
         from .monitor import Monitor
 
         return Monitor
+    if name == "Shadow":
+        from .adapters.shadow import Shadow
+
+        return Shadow
     if name == "Snapshot":
         from .snapshot import Snapshot
 

@@ -19,7 +19,7 @@ from typing import Self
 
 import torch
 
-from .adapters.native import Tap
+from .adapters.tap import Tap
 from .drain import Drain, Ending
 from .notices import Drops, Notices, logger
 from .ring import MAX_SCALARS, Ring
@@ -203,7 +203,7 @@ class Monitor:
             "report this; the logger 'fp8scope' has the traceback at level DEBUG.",
         )
         logger.debug("in Monitor.step", exc_info=True)
-        self._release()
+        self._tap.silence()
 
     def _release(self) -> None:
         try:

@@ -1,6 +1,6 @@
 """`attach`: the wiring of the agent's parts, and nothing else.
 
-model ─ adapters/native ─ arenas ─ ring ─ drain ─ recorder ─ spool ─ (process) sender ─ stream ─ collector
+model ─ adapters ─ arenas ─ ring ─ drain ─ recorder ─ spool ─ (process) sender ─ stream ─ collector
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from fp8core.recipes import Recipe
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 from . import __version__
 from . import config as configuration
 from .adapters import native
+from .adapters.tap import Finder, Tap, bind
 from .drain import Drain
 from .environment import describe
 from .monitor import Monitor
@@ -25,6 +28,9 @@ from .notices import Drops, Notices
 from .recorder import Recorder
 from .ring import Ring
 from .snapshot import Summary
+
+if TYPE_CHECKING:
+    from .adapters.shadow import Shadow
 
 
 def attach(
@@ -41,12 +47,16 @@ def attach(
     tags: Sequence[str] = (),
     notes: str = "",
     every: int = 1,
+    shadow: Recipe | Shadow | None = None,
 ) -> Monitor:
-    """A monitor that records every Fp8Linear of `model` from now on; docs/agent.md explains each argument.
+    """A monitor that records every FP8 linear layer of `model` from now on; docs/agent.md explains each argument.
 
     Call it once the model is converted and on its device, in every rank; then `Monitor.step` after each optimizer
     step. With `every=N` the statistics of every N-th step are recorded, and only those are computed; scalars always
     are. It needs no collector: what is recorded waits on disk.
+
+    With `shadow=AmaxScaling()` plain `nn.Linear`s are recorded, too, as if that recipe cast them: what they compute
+    does not change by a bit. `Shadow(...)` says formats and which layers.
 
     Raises:
         ValueError: an argument or an FP8SCOPE_* variable has no possible value.
@@ -68,12 +78,13 @@ def attach(
         distributed=_process_group(),
     )
     notices, drops = Notices(), Drops()
-    tap = native.bind(model)
+    tap = bind(model, _finders(shadow))
     if not tap.slots:
         notices.warn(
             "no slots",
-            f"{type(model).__name__} has no Fp8Linear: only scalars are recorded. Convert it first, with "
-            "fp8core.convert_to_fp8(model), and attach to what that returns.",
+            f"{type(model).__name__} has no FP8 linear layer: only scalars are recorded. Convert it first, with "
+            "fp8core.convert_to_fp8(model), and attach to what that returns; or see what FP8 would do, with "
+            "attach(model, shadow=fp8core.AmaxScaling()).",
         )
     recorder = Recorder(
         settings.spool_dir, _open_message(settings, tap), max_bytes=settings.spool_bytes, drops=drops, notices=notices
@@ -83,7 +94,16 @@ def attach(
     return Monitor(tap, ring, drain, every=settings.every, addresses=settings.addresses, drops=drops, notices=notices)
 
 
-def _open_message(settings: configuration.Settings, tap: native.Tap) -> pb.Open:
+def _finders(shadow: Recipe | Shadow | None) -> list[Finder]:
+    finders: list[Finder] = [native.find]
+    if shadow is not None:
+        from .adapters import shadow as shadowing  # loads torch.distributed.tensor
+
+        finders.append(shadowing.finder(shadow if isinstance(shadow, shadowing.Shadow) else shadowing.Shadow(shadow)))
+    return finders
+
+
+def _open_message(settings: configuration.Settings, tap: Tap) -> pb.Open:
     return pb.Open(
         run=settings.run,
         project=settings.project,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Body = Callable[..., Tensor | tuple[Tensor, ...]]
+Body = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 _library = torch.library.Library("fp8core", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's own signature
 

@@ -2,6 +2,8 @@
 
     q, scale = quantize(x, recipe=AmaxScaling(), role="input", fmt=E4M3FN)      # x ~ q.float() / scale
 
+`torch.ops.fp8core.observe` leaves the same statistics and no payload: for a tensor that somebody else casts, or nobody.
+
 Everything about its form was measured against torch.compile, activation checkpointing, DDP and FSDP2
 (docs/adr/0001, 0002):
 
@@ -27,7 +29,7 @@ from fp8core.kernels import kernels_for
 from fp8core.ops import define
 from fp8core.recipes import ConstantScaling, DelayedScaling, Recipe, parse_recipe
 from fp8core.records import Role
-from fp8core.stats import NO_ARENA, recording_arena
+from fp8core.stats import NO_ARENA, StatsArena, recording_arena
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -75,30 +77,78 @@ def quantize_body(
     recipe, role, fmt = parse_recipe(recipe_text), Role(role_name), FORMATS[fmt_name]
     if isinstance(recipe, DelayedScaling) and state is None:
         raise ValueError("DelayedScaling needs state: make one with fp8core.device_scaling.new_state(recipe)")
-    recomputing = role is not Role.GRAD_OUTPUT and torch._C._current_graph_task_id() != -1
+    recomputing = _recomputing(role)
     # An empty tensor has no statistics: it must not pull scale_min down to the 1.0 that an amax of 0 gives.
     arena = None if recomputing or x.numel() == 0 else recording_arena(arena_handle)
     x = x.detach().contiguous()
-    kernels = kernels_for(x.device.type)
-    if isinstance(recipe, ConstantScaling):
-        scale = device_scaling.constant_scale(recipe, role, x.device)
-    elif isinstance(recipe, DelayedScaling):
-        # Where the forward has moved the state on, its recomputation repeats the scale that the forward used.
-        known = device_scaling.last_scale if recomputing and update_state else device_scaling.next_scale
-        scale = known(_data(state)).clone()
-    else:
-        scale = device_scaling.just_in_time_scale(recipe, role, kernels.amax(x), fmt)
-    if arena is None:
-        q, amax = kernels.cast(x, scale, fmt)
-    else:
-        assert slot is not None
-        overwrite = role is Role.WEIGHT
-        q, amax = kernels.cast(x, scale, fmt, words=arena.words, slot=slot, overwrite=overwrite)
-        if arena.record_histograms:
-            arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
+    # Where the forward has moved the state on, its recomputation repeats the scale that the forward used.
+    scale = _scale(x, recipe, role, fmt, state, repeat=recomputing and update_state)
+    q, amax = _cast(x, scale, role, fmt, arena, slot)
     if isinstance(recipe, DelayedScaling) and update_state and not recomputing:
         _data(state).copy_(device_scaling.delayed_update(_data(state), amax, fmt, recipe))
     return q, scale
+
+
+def observe_body(
+    x: Tensor,
+    scale: Tensor | None,
+    recipe_text: str,
+    role_name: str,
+    fmt_name: str,
+    state: Tensor | None,
+    arena_handle: int,
+    slot: Tensor | None,
+) -> None:
+    """Leaves the statistics that a cast of `x` has: by `scale` if that is known already, else by the recipe.
+
+    The state of delayed scaling moves on at every call, recorded or not, for a pass over the data. A guest: where there
+    is nothing to record it costs nothing, and what cannot be cast (another dtype, another device than the arena's) is
+    no error.
+    """
+    role = Role(role_name)
+    arena = recording_arena(arena_handle)
+    if arena is not None and arena.device != x.device:
+        arena = None
+    if (arena is None and state is None) or _recomputing(role) or x.numel() == 0 or x.dtype not in INPUT_DTYPES:
+        return
+    recipe, fmt = parse_recipe(recipe_text), FORMATS[fmt_name]
+    x = x.detach().contiguous()
+    if arena is None:
+        amax = kernels_for(x.device.type).amax(x)
+    else:
+        _, amax = _cast(x, _scale(x, recipe, role, fmt, state) if scale is None else scale, role, fmt, arena, slot)
+    if isinstance(recipe, DelayedScaling):
+        _data(state).copy_(device_scaling.delayed_update(_data(state), amax, fmt, recipe))
+
+
+def _recomputing(role: Role) -> bool:
+    return role is not Role.GRAD_OUTPUT and torch._C._current_graph_task_id() != -1
+
+
+def _scale(
+    x: Tensor, recipe: Recipe, role: Role, fmt: Fp8Format, state: Tensor | None, *, repeat: bool = False
+) -> Tensor:
+    """The scale of `x`; with `repeat` the one that delayed scaling used last."""
+    if isinstance(recipe, ConstantScaling):
+        return device_scaling.constant_scale(recipe, role, x.device)
+    if isinstance(recipe, DelayedScaling):
+        known = device_scaling.last_scale if repeat else device_scaling.next_scale
+        return known(_data(state)).clone()
+    return device_scaling.just_in_time_scale(recipe, role, kernels_for(x.device.type).amax(x), fmt)
+
+
+def _cast(
+    x: Tensor, scale: Tensor, role: Role, fmt: Fp8Format, arena: StatsArena | None, slot: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The payload and the amax of a contiguous `x`; its statistics go to `arena`."""
+    kernels = kernels_for(x.device.type)
+    if arena is None:
+        return kernels.cast(x, scale, fmt)
+    assert slot is not None
+    overwrite = role is Role.WEIGHT
+    if arena.record_histograms:
+        arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
+    return kernels.cast(x, scale, fmt, words=arena.words, slot=slot, overwrite=overwrite)
 
 
 def recast(x: Tensor, scale: Tensor, fmt: Fp8Format | str) -> Tensor:
@@ -142,8 +192,14 @@ define(
     _on_meta,
 )
 define(
+    "observe(Tensor x, Tensor? scale, str recipe, str role, str fmt, Tensor? state, int arena, Tensor? slot) -> ()",
+    observe_body,
+    lambda *arguments: None if isinstance(arguments[0], FakeTensor) else observe_body(*arguments),
+)
+define(
     "recast(Tensor x, Tensor scale, str fmt) -> Tensor",
     recast_body,
     lambda x, scale, fmt: x.new_empty(x.shape, dtype=getattr(torch, FORMATS[fmt].torch_dtype)),
 )
 has_side_effect(torch.ops.fp8core.quantize.default)
+has_side_effect(torch.ops.fp8core.observe.default)

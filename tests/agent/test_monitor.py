@@ -20,7 +20,8 @@ import fp8core
 import fp8scope_agent as fp8scope
 from fake_collector import Behaviour, FakeCollector, Source
 from fp8core.records import Role
-from fp8scope_agent.adapters.native import bind
+from fp8scope_agent.adapters import native
+from fp8scope_agent.adapters.tap import bind
 from fp8scope_agent.ring import DEPTH, Frame, Ring
 from fp8scope_agent.spool import SpoolReader, spool_bytes, waiting
 from fp8scope_protos.v1 import telemetry_pb2 as pb
@@ -104,7 +105,7 @@ def test_a_wrapper_around_a_module_does_not_change_the_names_of_its_layers(model
     compiled = nn.ModuleDict({"_orig_mod": model})  # as torch.compile(model) names its parts
     wrapped = nn.ModuleDict({"module": nn.ModuleDict({"_checkpoint_wrapped_module": compiled})})
 
-    layers = [slot.layer for slot in bind(wrapped).slots[::3]]
+    layers = [slot.layer for slot in bind(wrapped, [native.find]).slots[::3]]
 
     assert layers == ["module.0", "module.2"]
 
