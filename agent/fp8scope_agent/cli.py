@@ -1,4 +1,4 @@
-"""`fp8scope-agent`: what waits in a spool, and sending it later.
+"""`fp8scope-agent`: what waits in a spool, what was dropped and why, and sending it later.
 
     fp8scope-agent status SPOOL
     fp8scope-agent sync SPOOL --collector HOST:PORT
@@ -17,7 +17,7 @@ from pathlib import Path
 from .addresses import DEFAULT_COLLECTOR, parse_addresses
 from .sender import SpoolLockedError, deliver, read_source
 from .spool import SOURCE_FILE, read_acked, spool_bytes, waiting
-from .status import DELIVERED, LEFT_OVER, USAGE, read_status
+from .status import DELIVERED, LEFT_OVER, USAGE, read_drops, read_status
 from .tls import tls_settings
 
 _DEFAULT_PATIENCE_S = 30.0
@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status is 0 where nothing waits any more, 1 where something does, 2 on misuse."""
     parser = argparse.ArgumentParser(prog="fp8scope-agent", description="What waits in a spool, and sending it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    status = commands.add_parser("status", help="say what each source has recorded and what is not sent yet")
+    status = commands.add_parser(
+        "status", help="say what each source has recorded, what is not sent yet, what was dropped"
+    )
     status.add_argument("spool", type=Path, metavar="SPOOL")
     status.set_defaults(command=lambda arguments: _status(arguments.spool))
     sync = commands.add_parser("sync", help="send what waits")
@@ -66,10 +68,11 @@ def _status(root: Path) -> int:
         run = f"{open_message.project}/{open_message.run}" if open_message.project else open_message.run
         print(f"{folder}")
         print(f"  run {run}, rank {open_message.rank} of {open_message.world_size}, life {open_message.incarnation}")
-        print(f"  sent {read_acked(folder).rows} rows, {left.rows} rows in {left.records} records wait")
+        print(f"  sent {read_acked(folder).rows} rows")
+        print(f"  {left.rows} rows and {left.histograms} histograms in {left.records} records wait")
         print(f"  {spool_bytes(folder) / 2**20:.1f} MiB on disk")
-        for reason, rows in sorted(status.dropped_rows.items()):
-            print(f"  dropped {rows} rows: {reason}")
+        for reason, count in sorted({**read_drops(folder), **status.dropped_rows}.items()):
+            print(f"  dropped {count} {_dropped_things(reason)}")
         if left.records:
             for sentence in status.problems.values():
                 print(f"  {sentence}")
@@ -103,6 +106,11 @@ def _sync(root: Path, collector: str, patience_s: float) -> int:
         for sentence in read_status(folder).problems.values():
             print(f"  {sentence}", file=sys.stderr)
     return LEFT_OVER if left_over else 0
+
+
+def _dropped_things(reason: str) -> str:
+    cause = reason.removesuffix("_histograms")
+    return f"rows: {cause}" if cause == reason else f"histograms: {cause}"
 
 
 class _WhileProgress:

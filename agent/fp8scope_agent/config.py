@@ -1,4 +1,4 @@
-"""What a monitor is told: the arguments of `attach` and the FP8SCOPE_* variables, checked once and frozen.
+"""What a monitor is told: arguments of `attach`, FP8SCOPE_* variables and a settings file, checked once and frozen.
 
 Everything that can be wrong about them is a ValueError here, before the first step; nothing later raises.
 """
@@ -16,10 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .addresses import DEFAULT_COLLECTOR, parse_addresses
+from .sampling import PRESETS, Sampling, matches
+from .sources import PREFIX, Sources
 from .tls import tls_settings
 
 DEFAULT_SPOOL_BYTES = 512 << 20
 DEFAULT_LINGER_S = 30.0
+DEFAULT_PRESET = "standard"
+SETTINGS = (
+    *("project", "collector", "tags", "notes"),
+    *("preset", "every", "histogram_every", "burst", "include", "exclude"),
+    *("spool_dir", "spool_bytes", "linger_s"),
+    *("tls_ca", "tls_client_cert", "tls_client_key"),
+)
 _SMALLEST_SPOOL_BYTES = 16 << 20
 _LONGEST_NAME = 200
 _MOST_TAGS = 64
@@ -45,58 +54,92 @@ class Settings:
     spool_dir: Path
     spool_bytes: int
     linger_s: float
-    every: int
+    sampling: Sampling
+    include: tuple[str, ...]  # globs over layer names; empty: all
+    exclude: tuple[str, ...]
+    tls: Mapping[str, str]  # FP8SCOPE_TLS_* as the sender process gets them
     config_json: str
     tags: tuple[str, ...]
     notes: str
+
+    def wants(self, layer: str) -> bool:
+        """Whether the layer of this name is recorded."""
+        return (not self.include or matches(layer, self.include)) and not matches(layer, self.exclude)
 
 
 def resolve(
     *,
     run: str,
-    project: str = "",
+    project: str | None = None,
     collector: str | None = None,
     spool_dir: str | os.PathLike[str] | None = None,
     token: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     config: object = None,
-    tags: Sequence[str] = (),
-    notes: str = "",
-    every: int = 1,
+    tags: Sequence[str] | None = None,
+    notes: str | None = None,
+    preset: str | None = None,
+    every: int | None = None,
+    histogram_every: int | None = None,
+    burst: int | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    settings: str | os.PathLike[str] | None = None,
     distributed: tuple[int, int] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """The settings: an argument where it is given, else its variable, else the default.
+    """The settings: an argument where it is given, else its variable, else the file's, else the default.
 
     `distributed` is (rank, world size) of an initialised process group; RANK and WORLD_SIZE come after it.
 
     Raises:
         ValueError: something is no possible value; the sentence says what is.
     """
-    if isinstance(tags, str):
-        raise ValueError(f"tags is the string {tags!r}; expected a list of strings, for example tags=[{tags!r}]")
-    if len(tags) > _MOST_TAGS or len(notes) > _LONGEST_NOTES:
-        raise ValueError(
-            f"there are {len(tags)} tags and {len(notes)} characters of notes; expected at most {_MOST_TAGS} and "
-            f"{_LONGEST_NOTES}"
-        )
-    tls_settings(environ)  # the sender reads these itself; here, so that a mistake shows before the first step
+    sources = Sources(environ, settings, SETTINGS, secrets=["token"])
+    tls = {PREFIX + name.upper(): text for name in SETTINGS if name.startswith("tls_") and (text := sources.text(name))}
+    tls_settings(tls)  # the sender reads these itself; here, so that a mistake shows before the first step
     final_rank, final_world_size = _rank(rank, world_size, distributed, environ)
+    final_project = sources.text("project", project)
+    final_tags = tuple(_name("tag", tag) for tag in sources.texts("tags", tags))
+    final_notes = sources.text("notes", notes) or ""
+    if len(final_tags) > _MOST_TAGS or len(final_notes) > _LONGEST_NOTES:
+        raise ValueError(
+            f"there are {len(final_tags)} tags and {len(final_notes)} characters of notes; expected at most "
+            f"{_MOST_TAGS} and {_LONGEST_NOTES}"
+        )
     return Settings(
         run=_name("run", run),
-        project=_name("project", project) if project else "",
+        project=_name("project", final_project) if final_project else "",
         rank=final_rank,
         world_size=final_world_size,
-        addresses=parse_addresses(collector or environ.get("FP8SCOPE_COLLECTOR") or DEFAULT_COLLECTOR),
-        token=_token(token or environ.get("FP8SCOPE_TOKEN") or None),
-        spool_dir=_spool_dir(spool_dir or environ.get("FP8SCOPE_SPOOL_DIR")),
-        spool_bytes=int(_number("FP8SCOPE_SPOOL_BYTES", environ, DEFAULT_SPOOL_BYTES, _SMALLEST_SPOOL_BYTES)),
-        linger_s=_number("FP8SCOPE_LINGER_S", environ, DEFAULT_LINGER_S, 0),
-        every=_count("every", every, 1),
+        addresses=parse_addresses(sources.text("collector", collector) or DEFAULT_COLLECTOR),
+        token=_token(sources.text("token", token)),
+        spool_dir=_spool_dir(sources.text("spool_dir", None if spool_dir is None else os.fspath(spool_dir))),
+        spool_bytes=int(sources.number("spool_bytes", DEFAULT_SPOOL_BYTES, _SMALLEST_SPOOL_BYTES)),
+        linger_s=sources.number("linger_s", DEFAULT_LINGER_S, 0),
+        sampling=_sampling(sources, preset, every, histogram_every, burst),
+        include=sources.texts("include", include),
+        exclude=sources.texts("exclude", exclude),
+        tls=tls,
         config_json=_config_json(config),
-        tags=tuple(_name("tag", tag) for tag in tags),
-        notes=notes,
+        tags=final_tags,
+        notes=final_notes,
+    )
+
+
+def _sampling(
+    sources: Sources, preset: str | None, every: int | None, histogram_every: int | None, burst: int | None
+) -> Sampling:
+    """The preset, and what is set beside it."""
+    name = sources.text("preset", preset) or DEFAULT_PRESET
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    base = PRESETS[name]
+    return Sampling(
+        every=sources.count("every", every, base.every, 1),
+        histogram_every=sources.count("histogram_every", histogram_every, base.histogram_every, 0),
+        burst=sources.count("burst", burst, base.burst, 0),
     )
 
 

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from .spool import FINISH, Acked, Record, SpoolReader, read_acked
+from .segments import FINISH, HISTOGRAMS, Record
+from .spool import Acked, SpoolReader, read_acked
 
 DEFAULT_WINDOW = 8
 _REFUSED_FILES = 16
@@ -31,22 +32,28 @@ class Delivery:
         self._dropped_rows = dict(dropped_rows)
         self._window = DEFAULT_WINDOW
         self._one_at_a_time_to = 0
+        self._takes_histograms = True
+        self._passed_over_to = 0
         self._next: Record | None = None
 
     @property
     def dropped_rows(self) -> dict[str, int]:
         """Rows that were spooled but cannot be delivered, by reason."""
         totals = {**self._dropped_rows}
-        damaged = max(self._reader.damaged_rows, totals.get("spool_damaged", 0))
-        return {**totals, "spool_damaged": damaged} if damaged else totals
+        damaged = {
+            "spool_damaged": self._reader.damaged_rows,
+            "spool_damaged_histograms": self._reader.damaged_histograms,
+        }
+        return {**totals, **{reason: max(rows, totals.get(reason, 0)) for reason, rows in damaged.items() if rows}}
 
     def set_window(self, batches: int) -> None:
         """How many records may be unacknowledged, as the collector says."""
         self._window = batches
 
-    def resume(self, up_to_seq: int) -> None:
-        """Begin a connection: the collector has committed everything up to `up_to_seq`."""
+    def resume(self, up_to_seq: int, *, takes_histograms: bool = True) -> None:
+        """Begin a connection: the collector has committed everything up to `up_to_seq`, and may know no histograms."""
         self.pending.clear()
+        self._takes_histograms = takes_histograms
         self._reader.seek(min(self.acked.seq, up_to_seq))
         self._next = self._reader.next()
         while self._next is not None and self._next.seq <= up_to_seq:
@@ -55,7 +62,7 @@ class Delivery:
 
     def take(self) -> Record | None:
         """The next record to send, now pending; None where there is none, or the window is full."""
-        while self._next is None or self._next.seq in self.refused_seqs:
+        while self._next is None or self._next.seq in self.refused_seqs or self._pass_over(self._next):
             self._next = self._reader.next()
             if self._next is None:
                 return None
@@ -91,16 +98,30 @@ class Delivery:
         if not sure:
             return None
         self.refused_seqs.append(record.seq)
-        self._dropped_rows["refused"] = self._dropped_rows.get("refused", 0) + (record.rows or 1)
+        self._drop("refused", record)
         if len(self.refused_seqs) <= _REFUSED_FILES:
             with contextlib.suppress(OSError):
                 (self._folder / f"refused-{record.seq}.pb").write_bytes(record.payload)
         return record
+
+    def _pass_over(self, record: Record) -> bool:
+        """Whether it is a histogram and this collector knows none: the rows are worth more than waiting for another."""
+        if self._takes_histograms or record.kind != HISTOGRAMS:
+            return False
+        if record.seq > self._passed_over_to:
+            self._passed_over_to = record.seq
+            self._drop("not_taken", record)
+        return True
+
+    def _drop(self, reason: str, record: Record) -> None:
+        if record.kind == HISTOGRAMS:
+            reason += "_histograms"
+        self._dropped_rows[reason] = self._dropped_rows.get(reason, 0) + (record.rows or 1)
 
     def _window_for(self, record: Record) -> int:
         return 1 if record.seq <= self._one_at_a_time_to else self._window
 
     def _count(self, record: Record) -> None:
         if record.seq > self.acked.seq:
-            self.acked = Acked(record.seq, self.acked.rows + record.rows)
+            self.acked = Acked(record.seq, self.acked.rows + (record.rows if record.kind != HISTOGRAMS else 0))
         self.finished |= record.kind == FINISH

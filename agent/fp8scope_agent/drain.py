@@ -6,22 +6,25 @@ the training step. It keeps the newest step's summary and its own CPU time for `
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from .config import Settings
-from .encode import decode_step
+from .encode import decode_histograms, decode_step
 from .notices import Drops, Notices, logger
 from .process import SenderProcess
 from .recorder import Recorder
 from .ring import Frame, Ring
+from .sampling import Sampler
 from .snapshot import Summary, Worst
 from .spool import spool_bytes
-from .status import SenderStatus
+from .status import SenderStatus, read_requests, write_drops
 
 _LOOK_S = 1.0  # how often the sender is looked after
 _EVENT_POLL_S = 0.005
@@ -46,6 +49,7 @@ class Drain(threading.Thread):
         recorder: Recorder,
         slots_of: tuple[npt.NDArray[np.int64], ...],
         summary: Summary,
+        sampler: Sampler,
         settings: Settings,
         drops: Drops,
         notices: Notices,
@@ -58,13 +62,14 @@ class Drain(threading.Thread):
         self.delivered = False
         self._ring = ring
         self._slots_of = slots_of
-        self._slots = sum(len(slots) for slots in slots_of)
         self._summary = summary
+        self._sampler = sampler
         self._settings = settings
         self._drops = drops
         self._notices = notices
         self._sender: SenderProcess | None = None
         self._next_look = float("-inf")
+        self._drops_noted: dict[str, int] = {}
         self._ending: Ending | None = None
 
     @property
@@ -100,9 +105,9 @@ class Drain(threading.Thread):
             if self._wait_for(frame):
                 self._record(frame)
             else:
-                self._drops.add("close_timeout", self._slots if frame.sampled else 0)
+                self._drops.add("close_timeout", _rows_of(frame))
         except Exception as error:
-            self._drops.add("agent_error", self._slots if frame.sampled else 0)
+            self._drops.add("agent_error", _rows_of(frame))
             self._notices.warn("drain", f"a step's statistics were dropped: {type(error).__name__}: {error}")
             logger.debug("while draining a frame", exc_info=True)
         finally:
@@ -117,11 +122,19 @@ class Drain(threading.Thread):
         return True
 
     def _record(self, frame: Frame) -> None:
-        words = [tensor.numpy() for tensor in frame.words] if frame.sampled else []
-        rows = decode_step(words, self._slots_of if frame.sampled else ())
-        self.recorder.record(frame.step, frame.taken_unix_ns, rows, frame.scalars())
-        if frame.sampled:
-            self.worst = self._summary.of(frame.step, rows)
+        plan = frame.plan
+        if plan is None or not plan.record:
+            self.recorder.record(frame.step, frame.taken_unix_ns, decode_step([], ()), frame.scalars())
+            return
+        rows = decode_step([tensor.numpy() for tensor in frame.words], self._slots_of)
+        self.recorder.record(frame.step, frame.taken_unix_ns, rows.of(plan.rows), frame.scalars())
+        if frame.histograms:
+            histograms = decode_histograms([tensor.numpy() for tensor in frame.histograms], self._slots_of)
+            self.recorder.record_histograms(frame.step, frame.taken_unix_ns, histograms.of(plan.histograms))
+        self.worst = self._summary.of(frame.step, rows)
+        in_trouble = np.logical_or(rows.columns["overflow"], rows.columns["nonfinite"])
+        if in_trouble.any():
+            self._sampler.trouble(rows.slot[in_trouble])
 
     def _look_after_sender_guarded(self) -> None:
         """Without a sender everything is still recorded: no trouble with it may end this thread."""
@@ -140,7 +153,16 @@ class Drain(threading.Thread):
         if self._sender is None:
             self._sender = SenderProcess(folder, self._settings, self._notices)
         self._sender.look_after()
+        self._sampler.ask(read_requests(folder))
+        self._note_drops(folder)
         self.spool_bytes = spool_bytes(folder)
+
+    def _note_drops(self, folder: Path) -> None:
+        drops = self._drops.totals()
+        if drops != self._drops_noted:
+            with contextlib.suppress(OSError):  # the records carry them, too
+                write_drops(folder, drops)
+                self._drops_noted = drops
 
     def _deliver(self, deadline: float) -> None:
         """Wait until the collector has everything, the sender has given up, or time is up."""
@@ -155,3 +177,7 @@ class Drain(threading.Thread):
             time.sleep(_CLOSING_POLL_S)
         if self._sender is not None and self.recorder.folder is not None:
             self.spool_bytes = spool_bytes(self.recorder.folder)
+
+
+def _rows_of(frame: Frame) -> int:
+    return int(frame.plan.rows.sum()) if frame.plan is not None else 0

@@ -1,4 +1,4 @@
-"""One step's rows and scalars as a message of the wire: little-endian columns, zstd level 1, a checksum.
+"""One step's rows, scalars and histograms as messages of the wire: little-endian columns, zstd level 1, a checksum.
 
 Columns as `bytes` encode at more than 100 million rows a second; one message a row, or `repeated float`, at about
 one. A slot that nothing was written to has no row.
@@ -19,7 +19,9 @@ from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 # A batch stays far below the 4 MiB that a gRPC server accepts by default: a row takes 80 bytes.
 MAX_ROWS = 8192
+MAX_HISTOGRAMS = 1024  # of up to 2 kB each
 
+_BINS = 256
 _WIRE_DTYPE = {"float32": "<f4", "float64": "<f8", "uint64": "<u8"}
 
 
@@ -30,9 +32,44 @@ class StepRows:
     slot: npt.NDArray[np.int64]
     columns: Mapping[str, npt.NDArray[np.generic]]
 
+    def of(self, slots: npt.NDArray[np.bool_]) -> StepRows:
+        """The rows of these slots, bool [slots of the source]."""
+        wanted = slots[self.slot]
+        if wanted.all():
+            return self
+        return StepRows(self.slot[wanted], {name: column[wanted] for name, column in self.columns.items()})
+
     def part(self, start: int, stop: int) -> StepRows:
         """The rows from `start` to `stop`."""
         return StepRows(self.slot[start:stop], {name: column[start:stop] for name, column in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class StepHistograms:
+    """The histograms of one step: `slot` [n], ascending, and `counts` int64 [n, 256], none of them empty."""
+
+    slot: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+    def of(self, slots: npt.NDArray[np.bool_]) -> StepHistograms:
+        """The histograms of these slots, bool [slots of the source]."""
+        wanted = slots[self.slot]
+        return StepHistograms(self.slot[wanted], self.counts[wanted])
+
+    def part(self, start: int, stop: int) -> StepHistograms:
+        """The histograms from `start` to `stop`."""
+        return StepHistograms(self.slot[start:stop], self.counts[start:stop])
+
+
+def decode_histograms(
+    counts: list[npt.NDArray[np.int64]], slots_of: tuple[npt.NDArray[np.int64], ...]
+) -> StepHistograms:
+    """The histograms of all arenas of a step that something was counted in, in the order of the slots."""
+    slot = np.concatenate([np.empty(0, np.int64), *slots_of])
+    together = np.concatenate([np.empty((0, _BINS), np.int64), *counts])
+    order = np.argsort(slot, kind="stable")
+    order = order[np.any(together != 0, axis=1)[order]]
+    return StepHistograms(slot[order], together[order])
 
 
 def decode_step(words: list[npt.NDArray[np.int64]], slots_of: tuple[npt.NDArray[np.int64], ...]) -> StepRows:
@@ -82,6 +119,23 @@ class Encoder:
             batch.columns = self._compressor.compress(columns)
         return pb.ClientMessage(stats=batch).SerializeToString()
 
+    def histograms(
+        self, *, seq: int, step: int, taken_unix_ns: int, histograms: StepHistograms, drops: Mapping[str, int]
+    ) -> bytes:
+        """A serialised ClientMessage with these histograms."""
+        columns = _histogram_columns(step, histograms)
+        batch = pb.HistogramBatch(
+            seq=seq,
+            sent_unix_ns=taken_unix_ns,
+            rows=len(histograms.slot),
+            compression=pb.COMPRESSION_ZSTD,
+            columns_bytes=len(columns),
+            columns_crc32=zlib.crc32(columns),
+            columns=self._compressor.compress(columns),
+            drops=drop_messages(drops),
+        )
+        return pb.ClientMessage(histograms=batch).SerializeToString()
+
 
 def finish_message(
     *, seq: int, finished_unix_ns: int, failure: str | None, last_step: int, drops: Mapping[str, int]
@@ -111,3 +165,18 @@ def _columns(step: int, rows: StepRows) -> bytes:
     for field in FIELDS:
         setattr(columns, field.name, rows.columns[field.name].astype(_WIRE_DTYPE[field.dtype]).tobytes())
     return columns.SerializeToString()
+
+
+def _histogram_columns(step: int, histograms: StepHistograms) -> bytes:
+    used = histograms.counts != 0
+    first = used.argmax(axis=1)
+    end = np.where(used.any(axis=1), _BINS - used[:, ::-1].argmax(axis=1), first)
+    bins = np.arange(_BINS)
+    inside = (bins >= first[:, None]) & (bins < end[:, None])
+    return pb.HistogramColumns(
+        step=np.full(len(histograms.slot), step, "<u8").tobytes(),
+        slot=histograms.slot.astype("<u4").tobytes(),
+        first_bin=first.astype("u1").tobytes(),
+        bins=(end - first).astype("<u2").tobytes(),
+        counts=histograms.counts[inside].astype("<u8").tobytes(),
+    ).SerializeToString()

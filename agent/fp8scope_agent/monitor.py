@@ -23,6 +23,7 @@ from .adapters.tap import Tap
 from .drain import Drain, Ending
 from .notices import Drops, Notices, logger
 from .ring import MAX_SCALARS, Ring
+from .sampling import Sampler
 from .snapshot import Snapshot
 from .status import sync_command
 
@@ -40,7 +41,7 @@ class Monitor:
         ring: Ring,
         drain: Drain,
         *,
-        every: int,
+        sampler: Sampler,
         addresses: tuple[str, ...],
         drops: Drops,
         notices: Notices,
@@ -48,7 +49,7 @@ class Monitor:
         self._tap = tap
         self._ring = ring
         self._drain = drain
-        self._every = every
+        self._sampler = sampler
         self._addresses = addresses
         self._drops = drops
         self._notices = notices
@@ -56,9 +57,9 @@ class Monitor:
         self._failed = False
         self._owner_pid = os.getpid()
         self._closing = threading.Lock()
-        self._calls = 0
         self._step = -1
         self._step_cpu_s = 0.0
+        self._plan_next_step()
         self._drain.start()
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=_forgetting(weakref.ref(self)))
@@ -93,6 +94,7 @@ class Monitor:
             overflow=worst.overflow if worst is not None else 0,
             underflow=worst.underflow if worst is not None else 0,
             rows_recorded=drain.recorder.rows_recorded,
+            histograms_recorded=drain.recorder.histograms_recorded,
             rows_sent=status.acked_rows,
             rows_dropped={**status.dropped_rows, **self._drops.totals()},
             spool_bytes=drain.spool_bytes,
@@ -122,28 +124,35 @@ class Monitor:
         self._close(5.0, failure)
 
     def _take(self, given: int | None, scalars: dict[str, float | torch.Tensor]) -> None:
-        sampled = self._calls % self._every == 0 and bool(self._tap.arenas)
-        self._calls += 1
+        plan = self._plan
         frame = None
         number = self._number(given)
         if number is not None:
             self._step = number
-        if number is not None and (sampled or scalars):
+        if number is not None and (plan.record or scalars):
             on_host, on_device = self._split(scalars)
-            frame = self._ring.take(number, sampled=sampled, host_scalars=on_host, device_scalars=on_device)
+            frame = self._ring.take(number, plan=plan, host_scalars=on_host, device_scalars=on_device)
+            if plan.take_histograms and (frame is None or not frame.histograms):
+                self._drops.add_histograms("ring_full", int(plan.histograms.sum()))
             if frame is None:
-                self._drops.add("ring_full", len(self._tap.slots) if sampled else 0)
+                self._drops.add("ring_full", int(plan.rows.sum()))
                 self._notices.warn(
                     "ring_full",
                     "steps follow each other faster than their statistics can be written: some steps are dropped, and "
                     "counted. attach(..., every=10) records every tenth.",
                 )
-        for arena in self._tap.arenas:
-            if sampled:
+        if plan.record:
+            for arena in self._tap.arenas:
                 arena.reset()
-            arena.recording = self._calls % self._every == 0
+        self._plan_next_step()
         if frame is not None:
             self._ring.hand_over(frame)
+
+    def _plan_next_step(self) -> None:
+        self._plan = plan = self._sampler.next()
+        for arena in self._tap.arenas:
+            arena.recording = plan.record
+            arena.record_histograms = plan.take_histograms
 
     def _number(self, given: int | None) -> int | None:
         """The step's number; None where it cannot be used, which is counted and said."""

@@ -22,7 +22,7 @@ class Notices:
 
 
 class Drops:
-    """Rows that are lost, by reason: running totals. Locked only when something is lost."""
+    """Rows and histograms that are lost, by reason: running totals. Locked only when something is lost."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
@@ -32,6 +32,10 @@ class Drops:
         """Count `rows` more; what has no rows (a record of scalars alone) counts as one."""
         with self._lock:
             self._rows[reason] = self._rows.get(reason, 0) + max(rows, 1)
+
+    def add_histograms(self, reason: str, histograms: int) -> None:
+        """Count that many histograms more, apart from rows."""
+        self.add(f"{reason}_histograms", histograms)
 
     def totals(self) -> dict[str, int]:
         """The totals so far."""

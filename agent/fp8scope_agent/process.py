@@ -59,7 +59,7 @@ class SenderProcess:
         command = [sys.executable, "-P", "-m", "fp8scope_agent.sender", str(self._folder)]
         command += ["--collector", ",".join(self._settings.addresses)]
         command += ["--parent", str(os.getpid()), "--linger-s", str(self._settings.linger_s)]
-        environment = {**os.environ}
+        environment = {**os.environ, **self._settings.tls}
         environment.pop("FP8SCOPE_TOKEN", None)
         if self._settings.token is not None:
             environment["FP8SCOPE_TOKEN"] = self._settings.token

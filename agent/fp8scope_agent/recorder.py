@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
-from .encode import MAX_ROWS, Encoder, StepRows, finish_message
+from .encode import MAX_HISTOGRAMS, MAX_ROWS, Encoder, StepHistograms, StepRows, finish_message
 from .notices import Drops, Notices
-from .spool import FINISH, SOURCE_FILE, STATS, Record, SpoolWriter, claim_folder, write_atomically
+from .segments import FINISH, HISTOGRAMS, STATS, Record
+from .spool import SOURCE_FILE, SpoolWriter, claim_folder, write_atomically
 
 _RETRY_S = 5.0
 
@@ -38,9 +39,10 @@ class Recorder:
         self._encoder = Encoder()
         self._writer: SpoolWriter | None = None
         self._next_try = float("-inf")
-        self._dropped_by_writer = 0
+        self._dropped_by_writer = (0, 0)  # rows, histograms
         self.last_seq = 0
         self.rows_recorded = 0
+        self.histograms_recorded = 0
 
     @property
     def folder(self) -> Path | None:
@@ -70,6 +72,21 @@ class Recorder:
             if self._append(Record(self.last_seq, STATS, len(part.slot), payload)):
                 self.rows_recorded += len(part.slot)
 
+    def record_histograms(self, step: int, taken_unix_ns: int, histograms: StepHistograms) -> None:
+        """Append a step's histograms."""
+        for start in range(0, len(histograms.slot), MAX_HISTOGRAMS):
+            part = histograms.part(start, start + MAX_HISTOGRAMS)
+            self.last_seq += 1
+            payload = self._encoder.histograms(
+                seq=self.last_seq,
+                step=step,
+                taken_unix_ns=taken_unix_ns,
+                histograms=part,
+                drops=self._drops.totals(),
+            )
+            if self._append(Record(self.last_seq, HISTOGRAMS, len(part.slot), payload)):
+                self.histograms_recorded += len(part.slot)
+
     def finish(self, failure: str | None, last_step: int) -> bool:
         """Append the end and close the spool; whether the disk took it."""
         self.last_seq += 1
@@ -94,17 +111,31 @@ class Recorder:
             writer.append(record)
         except OSError as error:
             self._complain(error)
-            self._drops.add("spool_error", record.rows)
+            if record.kind == HISTOGRAMS:
+                self._drops.add_histograms("spool_error", record.rows)
+            else:
+                self._drops.add("spool_error", record.rows)
             return False
-        if writer.dropped_rows > self._dropped_by_writer:
-            self._drops.add("spool_full", writer.dropped_rows - self._dropped_by_writer)
-            self._dropped_by_writer = writer.dropped_rows
+        self._count_what_the_writer_dropped(writer)
+        return True
+
+    def _count_what_the_writer_dropped(self, writer: SpoolWriter) -> None:
+        rows, histograms = self._dropped_by_writer
+        self._dropped_by_writer = writer.dropped_rows, writer.dropped_histograms
+        if writer.dropped_histograms > histograms:
+            self._drops.add_histograms("spool_full", writer.dropped_histograms - histograms)
+            self._notices.warn(
+                "spool_full_histograms",
+                f"the spool {writer.folder} has reached {self._max_bytes >> 20} MiB: histograms are dropped, and "
+                "counted, to keep the rows. Is the collector reachable? FP8SCOPE_SPOOL_BYTES allows more.",
+            )
+        if writer.dropped_rows > rows:
+            self._drops.add("spool_full", writer.dropped_rows - rows)
             self._notices.warn(
                 "spool_full",
                 f"the spool {writer.folder} has reached {self._max_bytes >> 20} MiB: the oldest records are dropped, "
                 "and counted. Is the collector reachable? FP8SCOPE_SPOOL_BYTES allows more.",
             )
-        return True
 
     def _opened(self) -> SpoolWriter:
         if self._writer is not None:

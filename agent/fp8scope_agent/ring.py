@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 import torch
 
 from fp8core import StatsArena
+from fp8core.stats import HISTOGRAM_BINS
+
+from .sampling import Plan
 
 DEPTH = 16
+HISTOGRAM_DEPTH = 2  # they are rare, and 25 times as large as the statistics
 MAX_SCALARS = 64
 
 
@@ -28,11 +32,17 @@ class Frame:
     device_values: torch.Tensor  # float64 [MAX_SCALARS], on the host
     step: int = 0
     taken_unix_ns: int = 0
-    sampled: bool = False
+    plan: Plan | None = None
+    histograms: tuple[torch.Tensor, ...] = ()  # on the host, one per arena; empty where none were taken
     host_scalars: dict[str, float] = field(default_factory=dict)
     device_names: tuple[str, ...] = ()  # whose values stand first in device_values
     events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
     pending: set[torch.device] = field(default_factory=set)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether it has statistics, beside scalars."""
+        return self.plan is not None and self.plan.record
 
     def ready(self) -> bool:
         """Whether the devices have done their copies."""
@@ -58,24 +68,33 @@ class Ring:
         for _ in range(depth):
             words = tuple(self._host_buffer(arena.words.shape, torch.int64) for arena in arenas)
             self._free.put(Frame(words, self._host_buffer((MAX_SCALARS,), torch.float64)))
+        self._free_histograms: queue.SimpleQueue[tuple[torch.Tensor, ...]] = queue.SimpleQueue()
+        for _ in range(HISTOGRAM_DEPTH):
+            shapes = [(arena.slots, HISTOGRAM_BINS) for arena in arenas]
+            self._free_histograms.put(tuple(self._host_buffer(shape, torch.int64) for shape in shapes))
 
     def take(
-        self, step: int, *, sampled: bool, host_scalars: dict[str, float], device_scalars: Mapping[str, torch.Tensor]
+        self, step: int, *, plan: Plan, host_scalars: dict[str, float], device_scalars: Mapping[str, torch.Tensor]
     ) -> Frame | None:
-        """A frame into which this step is being copied; None where none is free. `device_scalars` are CUDA tensors."""
+        """A frame into which this step is being copied; None where none is free. `device_scalars` are CUDA tensors.
+
+        Histograms that the plan wants are missing from it where none of their buffers is free.
+        """
         try:
             frame = self._free.get_nowait()
         except queue.Empty:
             return None
         frame.step = step
         frame.taken_unix_ns = time.time_ns()
-        frame.sampled = sampled
+        frame.plan = plan
         frame.host_scalars = host_scalars
-        if sampled:
+        if plan.record:
             for host, arena in zip(frame.words, self._arenas, strict=True):
                 host.copy_(arena.words, non_blocking=True)
                 if arena.device.type == "cuda":
                     frame.pending.add(arena.device)
+        if plan.take_histograms:
+            self._copy_histograms(frame)
         self._copy_scalars(frame, device_scalars)
         for device in frame.pending:
             if device not in frame.events:
@@ -97,11 +116,25 @@ class Ring:
     def give_back(self, frame: Frame) -> None:
         """The frame may be used again."""
         frame.pending.clear()
+        if frame.histograms:
+            self._free_histograms.put(frame.histograms)
+            frame.histograms = ()
         self._free.put(frame)
 
     def wake(self) -> None:
         """Let a waiting `next` return."""
         self._full.put(None)
+
+    def _copy_histograms(self, frame: Frame) -> None:
+        try:
+            frame.histograms = self._free_histograms.get_nowait()
+        except queue.Empty:
+            return
+        for host, arena in zip(frame.histograms, self._arenas, strict=True):
+            if arena.histograms is None:
+                host.zero_()
+            else:
+                host.copy_(arena.histograms, non_blocking=True)
 
     def _copy_scalars(self, frame: Frame, scalars: Mapping[str, torch.Tensor]) -> None:
         by_device: dict[torch.device, list[str]] = {}

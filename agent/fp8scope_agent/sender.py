@@ -17,7 +17,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,18 @@ from fp8scope_protos.v1 import telemetry_pb2 as pb
 from .addresses import parse_addresses
 from .delivery import Delivery
 from .spool import CLOSED_FILE, SOURCE_FILE
-from .status import DELIVERED, LEFT_OVER, LOCKED, USAGE, SenderStatus, read_status, sync_command, write_status
+from .status import (
+    DELIVERED,
+    LEFT_OVER,
+    LOCKED,
+    USAGE,
+    SenderStatus,
+    read_requests,
+    read_status,
+    sync_command,
+    write_requests,
+    write_status,
+)
 from .stream import Ended, Stream, Timing
 from .tls import Tls, tls_settings, trouble
 
@@ -40,6 +51,7 @@ _LOOK_S = 0.1  # how often a waiting sender looks whether the writer has ended
 _SAVE_S = 0.5  # how often the position is noted on disk while acknowledgements come in
 _FOR_A_PERSON = {"unauthenticated", "permission_denied", "failed_precondition", "unimplemented", "invalid_argument"}
 _FOR_A_PERSON |= {"tls_files", "tls_wanted", "tls_not_spoken", "certificate", "client_certificate"}
+_REQUESTS_KEPT = 64
 _LIMIT_TRIES = 8  # a record that is over a limit this often is set aside
 
 
@@ -160,6 +172,7 @@ class _Sender:
         self._lifetime = lifetime
         self._timing = timing
         self._delivery = Delivery(folder, refused_seqs=before.refused_seqs, dropped_rows=before.dropped_rows)
+        self._requests = read_requests(folder)
         self._problems: dict[str, str] = {}
         self._over_limit: dict[int, int] = {}
         self._saved = SenderStatus()
@@ -210,8 +223,18 @@ class _Sender:
             nothing_comes=self._lifetime.writer_ended,
             expired=self._expired,
             progressed=lambda: self._save(address, connected=True),
+            asked=self._pass_on,
         )
         return stream.run()
+
+    def _pass_on(self, requests: Sequence[pb.Request]) -> None:
+        """Lay what the collector asks for where the training process looks once a second."""
+        known = {request.id for request in self._requests}
+        new = [request for request in requests if request.id not in known]
+        if new:
+            self._requests = [*self._requests, *new][-_REQUESTS_KEPT:]
+            with contextlib.suppress(OSError):
+                write_requests(self._folder, self._requests)
 
     def _progress(self) -> tuple[int, int]:
         return self._delivery.acked.seq, len(self._delivery.refused_seqs)
@@ -256,6 +279,11 @@ class _Sender:
         now = time.monotonic()
         if connected and now - self._saved_at < _SAVE_S and not self._delivery.finished:
             return
+        if connected and self._delivery.dropped_rows.get("not_taken_histograms"):
+            self._problems["not_taken"] = (
+                f"the collector at {address} is older than this agent and takes no histograms: they are dropped, and "
+                "counted; everything else goes on. Update it, or record none with histogram_every=0."
+            )
         status = SenderStatus(
             pid=os.getpid(),
             connected=connected,

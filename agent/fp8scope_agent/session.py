@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,7 @@ from .monitor import Monitor
 from .notices import Drops, Notices
 from .recorder import Recorder
 from .ring import Ring
+from .sampling import Sampler
 from .snapshot import Summary
 
 if TYPE_CHECKING:
@@ -37,33 +38,40 @@ def attach(
     model: nn.Module,
     *,
     run: str,
-    project: str = "",
+    project: str | None = None,
     collector: str | None = None,
     spool_dir: str | os.PathLike[str] | None = None,
     token: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     config: object = None,
-    tags: Sequence[str] = (),
-    notes: str = "",
-    every: int = 1,
+    tags: Sequence[str] | None = None,
+    notes: str | None = None,
+    preset: str | None = None,
+    every: int | None = None,
+    histogram_every: int | None = None,
+    burst: int | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    settings: str | os.PathLike[str] | None = None,
     shadow: Recipe | Shadow | None = None,
 ) -> Monitor:
     """A monitor that records every FP8 linear layer of `model` from now on; docs/agent.md explains each argument.
 
     Call it once the model is converted and on its device, in every rank; then `Monitor.step` after each optimizer
     step. With `every=N` the statistics of every N-th step are recorded, and only those are computed; scalars always
-    are. It needs no collector: what is recorded waits on disk.
+    are. It needs no collector: what is recorded waits on disk. What is no argument here comes from FP8SCOPE_*
+    variables, then from the YAML file `settings`.
 
     With `shadow=AmaxScaling()` plain `nn.Linear`s are recorded, too, as if that recipe cast them: what they compute
     does not change by a bit. `Shadow(...)` says formats and which layers.
 
     Raises:
-        ValueError: an argument or an FP8SCOPE_* variable has no possible value.
+        ValueError: an argument, a variable or a setting has no possible value.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    settings = configuration.resolve(
+    resolved = configuration.resolve(
         run=run,
         project=project,
         collector=collector,
@@ -74,11 +82,17 @@ def attach(
         config=config,
         tags=tags,
         notes=notes,
+        preset=preset,
         every=every,
+        histogram_every=histogram_every,
+        burst=burst,
+        include=include,
+        exclude=exclude,
+        settings=settings,
         distributed=_process_group(),
     )
     notices, drops = Notices(), Drops()
-    tap = bind(model, _finders(shadow))
+    tap = bind(model, [_where(resolved.wants, find) for find in _finders(shadow)])
     if not tap.slots:
         notices.warn(
             "no slots",
@@ -87,11 +101,17 @@ def attach(
             "attach(model, shadow=fp8core.AmaxScaling()).",
         )
     recorder = Recorder(
-        settings.spool_dir, _open_message(settings, tap), max_bytes=settings.spool_bytes, drops=drops, notices=notices
+        resolved.spool_dir, _open_message(resolved, tap), max_bytes=resolved.spool_bytes, drops=drops, notices=notices
     )
     ring = Ring(tap.arenas)
-    drain = Drain(ring, recorder, tap.slots_of, Summary(tap.slots), settings, drops, notices)
-    return Monitor(tap, ring, drain, every=settings.every, addresses=settings.addresses, drops=drops, notices=notices)
+    sampler = Sampler(resolved.sampling, [slot.layer for slot in tap.slots])
+    drain = Drain(ring, recorder, tap.slots_of, Summary(tap.slots), sampler, resolved, drops, notices)
+    return Monitor(tap, ring, drain, sampler=sampler, addresses=resolved.addresses, drops=drops, notices=notices)
+
+
+def _where(wanted: Callable[[str], bool], find: Finder) -> Finder:
+    """`find`, for the layers whose names are wanted."""
+    return lambda name, module: find(name, module) if wanted(name) else None
 
 
 def _finders(shadow: Recipe | Shadow | None) -> list[Finder]:

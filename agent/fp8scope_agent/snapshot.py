@@ -36,6 +36,7 @@ class Snapshot:
     overflow: int  # elements clipped in that step, all tensors together
     underflow: int  # non-zero elements that became zero in it
     rows_recorded: int  # written to the spool
+    histograms_recorded: int
     rows_sent: int  # of these, committed by the collector
     rows_dropped: dict[str, int]  # by reason
     spool_bytes: int  # on disk now

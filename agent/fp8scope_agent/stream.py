@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -62,10 +62,12 @@ class Stream:
         nothing_comes: Callable[[], bool],
         expired: Callable[[], bool],
         progressed: Callable[[], None],
+        asked: Callable[[Sequence[pb.Request]], None],
     ) -> None:
         """`certificates`: roots, private key and chain; None: no TLS.
 
         `nothing_comes`: the writer has ended. `expired`: stop now. `progressed`: called often while connected.
+        `asked`: called with what the collector would like to see more of.
         """
         self._address = address
         self._certificates = certificates
@@ -76,6 +78,7 @@ class Stream:
         self._nothing_comes = nothing_comes
         self._expired = expired
         self._progressed = progressed
+        self._asked = asked
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[pb.ServerMessage | Ended] = queue.SimpleQueue()
         self._opened = False
@@ -139,10 +142,12 @@ class Stream:
             self._delivery.set_window(message.window)
         body = message.WhichOneof("body")
         if body == "opened":
-            self._delivery.resume(message.opened.up_to_seq)
+            self._delivery.resume(message.opened.up_to_seq, takes_histograms=message.opened.takes_histograms)
             self._opened = True
         elif body == "ack":
             self._delivery.acknowledge(message.ack.up_to_seq)
+        if message.requests:
+            self._asked(message.requests)
         self._draining |= message.draining
 
     def _send_records(self) -> bool:

@@ -43,6 +43,7 @@ class StatsArena:
         self._empty = torch.from_numpy(empty_row()).to(device)
         self.words = torch.empty(slots, len(COLUMNS), dtype=torch.int64, device=device)
         self.histograms: Tensor | None = None
+        self._histograms_used = False
         self.recording = True
         self.record_histograms = False
         self.reset()
@@ -59,6 +60,7 @@ class StatsArena:
         """Adds `counts`, int64 [256], to the histogram of `slot`, or replaces it by them. Enqueued on the device."""
         if self.histograms is None:
             self.histograms = torch.zeros(self.slots, HISTOGRAM_BINS, dtype=torch.int64, device=self.device)
+        self._histograms_used = True
         row = slot.reshape(1)
         if overwrite:
             self.histograms.index_copy_(0, row, counts[None])
@@ -68,8 +70,9 @@ class StatsArena:
     def reset(self) -> None:
         """Marks every row as unwritten and empties the histograms. Enqueued on the device; the host does not wait."""
         self.words.copy_(self._empty.expand_as(self.words))
-        if self.histograms is not None:
+        if self.histograms is not None and self._histograms_used:  # 2 kB a slot: not at each step
             self.histograms.zero_()
+            self._histograms_used = False
 
     def close(self) -> None:
         """Makes the handle write to nowhere. `words` stays readable."""

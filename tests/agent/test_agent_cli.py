@@ -43,8 +43,23 @@ def test_status_and_sync_take_a_folder_above_several_sources(
     ]
     out = capsys.readouterr().out
     assert "run p/one, rank 0 of 1, life 1" in out
-    assert "sent 0 rows, 24 rows in 5 records wait" in out
-    assert "sent 24 rows, 0 rows in 0 records wait" in out
+    assert "  sent 0 rows\n  24 rows and 6 histograms in 6 records wait" in out
+    assert "  sent 24 rows\n  0 rows and 0 histograms in 0 records wait" in out
+
+
+def test_status_says_what_was_dropped_and_why_after_the_trainer_is_gone(
+    model: nn.Module, train: Callable[..., list[float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = fp8scope.attach(model, run="r", collector=NOBODY)
+    monitor.step(step=5, loss="a word")
+    monitor.step(step=5)
+    monitor.close(timeout_s=2)
+
+    assert main(["status", str(tmp_path / "spool")]) == 1
+
+    out = capsys.readouterr().out
+    assert "  dropped 1 rows: scalar_refused" in out
+    assert "  dropped 6 rows: step_refused" in out
 
 
 def test_sync_gives_up_without_progress_and_says_why(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ import pytest
 from certificates import Authority
 from fake_collector import FakeCollector
 from fp8scope_agent.encode import finish_message
+from fp8scope_agent.segments import FINISH, Record
 from fp8scope_agent.sender import deliver
-from fp8scope_agent.spool import FINISH, SOURCE_FILE, Record, SpoolWriter
+from fp8scope_agent.spool import SOURCE_FILE, SpoolWriter
 from fp8scope_agent.status import DELIVERED, LEFT_OVER, read_status
 from fp8scope_agent.stream import Timing
 from fp8scope_agent.tls import Tls, tls_settings

@@ -16,10 +16,11 @@ import pytest
 from fake_collector import Behaviour, FakeCollector
 from fp8core.records import FIELDS
 from fp8scope_agent.delivery import Delivery
-from fp8scope_agent.encode import Encoder, StepRows, finish_message
+from fp8scope_agent.encode import Encoder, StepHistograms, StepRows, finish_message
+from fp8scope_agent.segments import FINISH, HISTOGRAMS, STATS, Record
 from fp8scope_agent.sender import SpoolLockedError, WriterLifetime, deliver
-from fp8scope_agent.spool import FINISH, SOURCE_FILE, STATS, Record, SpoolWriter, read_acked, waiting
-from fp8scope_agent.status import DELIVERED, LEFT_OVER, SenderStatus, read_status
+from fp8scope_agent.spool import SOURCE_FILE, SpoolWriter, read_acked, waiting
+from fp8scope_agent.status import DELIVERED, LEFT_OVER, SenderStatus, read_requests, read_status
 from fp8scope_agent.stream import Timing
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
@@ -51,6 +52,19 @@ class Spool:
             )
             self.writer.append(Record(self.seq, STATS, SLOTS, payload))
             self.steps += 1
+
+    def add_histograms(self) -> None:
+        counts = np.zeros((SLOTS, 256), np.int64)
+        counts[:, 120:124] = np.arange(4) + self.steps
+        self.seq += 1
+        payload = Encoder().histograms(
+            seq=self.seq,
+            step=self.steps - 1,
+            taken_unix_ns=1,
+            histograms=StepHistograms(np.arange(SLOTS), counts),
+            drops={},
+        )
+        self.writer.append(Record(self.seq, HISTOGRAMS, SLOTS, payload))
 
     def finish(self) -> None:
         self.seq += 1
@@ -332,6 +346,56 @@ def test_a_refused_record_is_set_aside_and_the_others_arrive(
     assert spool.status.dropped_rows == {"refused": SLOTS}
     assert "expected 4" in spool.status.problems["refused"]
     assert pb.ClientMessage.FromString((spool.folder / f"refused-{bad}.pb").read_bytes()).stats.seq == bad
+
+
+def test_histograms_and_rows_are_delivered_in_one_sequence(
+    spool: Spool, collector: FakeCollector, send: Callable[..., Sending]
+) -> None:
+    collector.behaviour = Behaviour(drop_stream_after=7)
+    sending = send(collector.address)
+    for _ in range(20):
+        spool.add()
+        spool.add_histograms()
+    spool.finish()
+
+    assert sending.end() == DELIVERED
+    source = collector.source
+    assert sorted(source.rows) == sorted(source.histograms)
+    assert len(source.rows) == 20 * SLOTS
+    assert source.duplicate_rows == source.resent == 0
+    assert source.histograms[9, 1][119:125].tolist() == [0, 10, 11, 12, 13, 0]
+    assert spool.status.acked_rows == 20 * SLOTS
+    assert list(spool.folder.glob("*.seg")) == list(spool.folder.glob("*.hist")) == []
+
+
+def test_an_older_collector_gets_no_histograms_and_a_sentence_says_so(
+    spool: Spool, collector: FakeCollector, send: Callable[..., Sending]
+) -> None:
+    collector.behaviour = Behaviour(takes_histograms=False, drop_stream_after=3)
+    for _ in range(4):
+        spool.add()
+        spool.add_histograms()
+    sending = send(collector.address)
+    spool.wait_for(lambda status: "not_taken" in status.problems)
+    spool.finish()
+
+    assert sending.end() == DELIVERED
+    assert_everything_once(collector, spool)
+    assert spool.status.dropped_rows == {"not_taken_histograms": 4 * SLOTS}
+    assert "older than this agent" in spool.status.problems["not_taken"]
+
+
+def test_what_the_collector_asks_for_is_laid_in_the_spool_once(
+    spool: Spool, collector: FakeCollector, send: Callable[..., Sending]
+) -> None:
+    first = pb.Request(id=7, layers=["*.fc"], take_histograms=pb.TakeHistograms(count=2))
+    unknown = pb.Request(id=8)
+    collector.behaviour = Behaviour(requests=[first, unknown, first])
+    spool.add(3)
+    spool.finish()
+
+    assert send(collector.address).end() == DELIVERED
+    assert read_requests(spool.folder) == [first, unknown]
 
 
 def test_the_drops_of_the_sender_reach_the_collector(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -12,25 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8scope_agent.spool import (
-    FINISH,
-    HEADER_BYTES,
-    STATS,
-    Acked,
-    Record,
-    SpoolReader,
-    SpoolWriter,
-    claim_folder,
-    read_acked,
-    spool_bytes,
-    waiting,
-)
+from fp8scope_agent.segments import FINISH, HEADER_BYTES, HISTOGRAMS, ROWS_SUFFIX, STATS, Record, SegmentReader
+from fp8scope_agent.spool import Acked, SpoolReader, SpoolWriter, claim_folder, read_acked, spool_bytes, waiting
 
 LARGE = 1 << 30
 
 
 def records(count: int, size: int = 40, first: int = 1) -> list[Record]:
     return [Record(seq, STATS, seq % 7, bytes([seq % 251]) * size) for seq in range(first, first + count)]
+
+
+def histogram(record: Record) -> Record:
+    return dataclasses.replace(record, kind=HISTOGRAMS)
 
 
 def write(folder: Path, items: list[Record], *, segment_bytes: int = 1 << 20) -> SpoolWriter:
@@ -79,14 +73,14 @@ def test_a_record_appended_just_before_the_next_segment_began_is_not_passed_over
     writer = SpoolWriter(tmp_path, max_bytes=LARGE, segment_bytes=2 * (HEADER_BYTES + 100))
     writer.append(first)
 
-    class SlowReader(SpoolReader):
+    class SlowReader(SegmentReader):
         def _newer(self) -> Path | None:  # between "nothing here" and "is there a newer one?"
             if len(segments(tmp_path)) == 1:
                 writer.append(second)
                 writer.append(third)
             return super()._newer()
 
-    reader = SlowReader(tmp_path)
+    reader = SlowReader(tmp_path, ROWS_SUFFIX)
 
     assert [reader.next(), reader.next(), reader.next()] == [first, second, third]
 
@@ -157,6 +151,25 @@ def test_what_is_damaged_is_counted_by_the_rows_that_its_header_names(tmp_path: 
     assert reader.damaged_rows == 1680
 
 
+def test_a_segment_with_damage_is_set_aside_once_its_other_records_are_acknowledged(tmp_path: Path) -> None:
+    write(tmp_path, records(9), segment_bytes=3 * (HEADER_BYTES + 40))
+    damaged, sound, newest = segments(tmp_path)
+    content = bytearray(damaged.read_bytes())
+    content[HEADER_BYTES + 20] ^= 4
+    damaged.write_bytes(content)
+    reader = SpoolReader(tmp_path)
+
+    got = [item.seq for item in iter(reader.next, None)]
+    reader.forget(Acked(9, 0))
+
+    assert got == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.stem.isdigit()) == [
+        damaged.with_suffix(".bad").name,
+        newest.name,
+    ]
+    assert not sound.exists()
+
+
 def test_a_segment_without_a_readable_record_is_set_aside(tmp_path: Path) -> None:
     write(tmp_path, records(9), segment_bytes=3 * (HEADER_BYTES + 40))
     segments(tmp_path)[1].write_bytes(os.urandom(200))
@@ -190,6 +203,107 @@ def test_the_bound_holds_and_the_oldest_records_go_first(tmp_path: Path) -> None
     assert largest <= 8000
     assert left == items[-len(left) :]
     assert writer.dropped_rows == sum(item.rows or 1 for item in items[: -len(left)])
+
+
+def test_histograms_and_rows_are_read_in_the_order_of_their_numbers_while_they_are_written(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, max_bytes=LARGE, segment_bytes=300)
+    reader = SpoolReader(tmp_path)
+    items = [histogram(item) if item.seq % 3 == 0 else item for item in records(60)]
+    seen = []
+
+    for item in items:
+        writer.append(item)
+        if item.seq % 4 == 0:  # the reader is behind by up to four records of both kinds
+            seen += list(iter(reader.next, None))
+
+    assert seen == items
+    assert read_all(tmp_path, after=31) == items[31:]
+
+
+def test_a_record_of_the_other_series_that_came_while_the_reader_looked_is_not_passed_over(tmp_path: Path) -> None:
+    """The rows are looked at before the histograms: what is written in between has a lower number than a histogram."""
+    writer = SpoolWriter(tmp_path, max_bytes=LARGE, segment_bytes=1000)
+    reader = SpoolReader(tmp_path)
+    first, second, third = records(3)
+    writer.append(first)
+    assert reader.next() == first
+    rows = reader._rows.reader
+    real = rows.next
+
+    def slow() -> Record | None:
+        found = real()
+        rows.next = real  # type: ignore[method-assign]
+        writer.append(second)
+        writer.append(histogram(third))
+        return found
+
+    rows.next = slow  # type: ignore[method-assign]
+
+    assert [reader.next(), reader.next()] == [second, histogram(third)]
+
+
+def test_where_room_is_short_histograms_go_before_rows_the_oldest_first(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, max_bytes=8000, segment_bytes=1000)
+    items = [histogram(item) if item.seq <= 60 and item.seq % 2 else item for item in records(400)]
+
+    for item in items[:60]:
+        writer.append(item)
+    before = read_all(tmp_path)
+    for item in items[60:100]:
+        writer.append(item)
+    between = read_all(tmp_path)
+    rows_dropped_between = writer.dropped_rows
+    for item in items[100:]:
+        writer.append(item)
+
+    kept = [item for item in before if item.kind == HISTOGRAMS]
+    still = [item for item in between if item.kind == HISTOGRAMS]
+    assert before == items[:60]
+    assert 0 < len(still) < len(kept)
+    assert still == kept[-len(still) :]
+    assert rows_dropped_between == 0
+    assert [item for item in between if item.kind == STATS] == [item for item in items[:100] if item.kind == STATS]
+    assert {item.kind for item in read_all(tmp_path)} == {STATS}
+    assert writer.dropped_rows > 0
+    assert writer.dropped_histograms == sum(item.rows or 1 for item in kept)
+
+
+def test_a_new_histogram_never_costs_rows(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, max_bytes=8000, segment_bytes=1000)
+    items = records(100)
+    for item in items:
+        writer.append(item)
+    rows, dropped = read_all(tmp_path), writer.dropped_rows
+
+    for item in records(100, first=101):
+        writer.append(histogram(item))
+
+    assert [item for item in read_all(tmp_path) if item.kind == STATS] == rows
+    assert writer.dropped_rows == dropped
+    assert spool_bytes(tmp_path) <= 8000
+    assert writer.dropped_histograms > 0
+
+
+def test_a_histogram_that_is_lost_or_damaged_costs_no_row(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, max_bytes=LARGE, segment_bytes=300)
+    items = [histogram(item) if item.seq % 5 == 0 else item for item in records(100)]
+    for item in items:
+        writer.append(item)
+    first, second = sorted(tmp_path.glob("*.hist"))[:2]
+    content = bytearray(first.read_bytes())
+    content[HEADER_BYTES + 3] ^= 1
+    first.write_bytes(content)
+    second.unlink()
+    reader = SpoolReader(tmp_path)
+
+    got = list(iter(reader.next, None))
+    reader.forget(Acked(100, 0))
+
+    assert [item for item in got if item.kind == STATS] == [item for item in items if item.kind == STATS]
+    assert [item.seq for item in got] == sorted(item.seq for item in got)
+    assert reader.damaged_rows == 0
+    assert reader.damaged_histograms == (items[4].rows or 1)
+    assert first.with_suffix(".bad").exists()
 
 
 def test_rows_that_the_collector_has_are_not_counted_as_dropped(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fp8scope_agent.spool import STATS, Acked, Record, SpoolReader, SpoolWriter, read_acked, spool_bytes
+from fp8scope_agent.segments import HISTOGRAMS, STATS, Record
+from fp8scope_agent.spool import Acked, SpoolReader, SpoolWriter, read_acked, spool_bytes
 
 MAX_BYTES = 2000
+KINDS = (STATS, STATS, HISTOGRAMS)
 
 
 class SpoolMachine(RuleBasedStateMachine):
@@ -27,22 +29,24 @@ class SpoolMachine(RuleBasedStateMachine):
         self.position = 0  # number of the last record that was read or sought
         self.gone: set[int] = set()  # given up by the writer, as its count says
 
-    @rule(size=st.integers(0, 300), gap=st.integers(1, 3), rows=st.integers(1, 50))
-    def append(self, size: int, gap: int, rows: int) -> None:
+    @rule(size=st.integers(0, 300), gap=st.integers(1, 3), rows=st.integers(1, 50), kind=st.sampled_from(KINDS))
+    def append(self, size: int, gap: int, rows: int, kind: int) -> None:
         seq = (self.written[-1].seq if self.written else 0) + gap
-        record = Record(seq, STATS, rows, bytes([seq % 256]) * size)
-        before = self.writer.dropped_rows
+        record = Record(seq, kind, rows, bytes([seq % 256]) * size)
+        before = self.writer.dropped_rows, self.writer.dropped_histograms
         self.writer.append(record)
-        lost_rows = self.writer.dropped_rows - before
-        acked_seq = read_acked(self.folder).seq
-        for old in self.written:  # the oldest go first
-            if lost_rows <= 0:
-                break
-            if old.seq not in self.gone and old.seq > acked_seq:
-                self.gone.add(old.seq)
-                lost_rows -= old.rows
-        assert lost_rows == 0
         self.written.append(record)
+        lost = {STATS: self.writer.dropped_rows - before[0], HISTOGRAMS: self.writer.dropped_histograms - before[1]}
+        acked_seq = read_acked(self.folder).seq
+        for old in self.written:  # of each kind the oldest go first, and a histogram that finds no room goes itself
+            if lost[old.kind] > 0 and old.seq not in self.gone and old.seq > acked_seq:
+                self.gone.add(old.seq)
+                lost[old.kind] -= old.rows
+        assert lost == {STATS: 0, HISTOGRAMS: 0}
+        rows_left = [item for item in self.written if item.kind == STATS and item.seq not in self.gone]
+        if any(item.kind == STATS and item.seq in self.gone for item in self.written) and kind == STATS:
+            last_gone = max(item.seq for item in self.written if item.kind == STATS and item.seq in self.gone)
+            assert all(item.seq > last_gone or item.seq <= acked_seq for item in rows_left)
 
     @rule()
     def read(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 
@@ -56,6 +56,7 @@ class Behaviour:
     refuse_open: tuple[grpc.StatusCode, str] | None = None
     draining: bool = False
     takes_histograms: bool = True
+    requests: Sequence[pb.Request] = ()  # come with every acknowledgement
     window: int = 8
 
 
@@ -146,7 +147,11 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
             commits += 1
             if commits == self.behaviour.drop_stream_after:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
-            yield pb.ServerMessage(ack=pb.Ack(up_to_seq=source.up_to_seq), draining=self.behaviour.draining)
+            yield pb.ServerMessage(
+                ack=pb.Ack(up_to_seq=source.up_to_seq),
+                draining=self.behaviour.draining,
+                requests=self.behaviour.requests,
+            )
             if self.behaviour.draining:
                 return
 
