@@ -229,8 +229,8 @@ class _Sender:
 
     def _pass_on(self, requests: Sequence[pb.Request]) -> None:
         """Lay what the collector asks for where the training process looks once a second."""
-        known = {request.id for request in self._requests}
-        new = [request for request in requests if request.id not in known]
+        by_id = {request.id: request for request in (*requests, *self._requests)}
+        new = [request for request in by_id.values() if request not in self._requests]
         if new:
             self._requests = [*self._requests, *new][-_REQUESTS_KEPT:]
             with contextlib.suppress(OSError):

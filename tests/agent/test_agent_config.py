@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fp8scope_agent.addresses import parse_addresses
-from fp8scope_agent.config import Settings, resolve
+from fp8scope_agent.config import SETTINGS, Settings, resolve
+from fp8scope_agent.sampling import Sampling
 
 
 def settings(environ: Mapping[str, str] | None = None, **arguments: object) -> Settings:
@@ -26,7 +28,9 @@ def test_defaults_need_nothing_but_a_run() -> None:
     assert given.addresses == ("127.0.0.1:4327",)
     assert given.spool_dir == Path.home() / ".cache" / "fp8scope" / "spool"
     assert given.spool_bytes == 512 * 2**20
-    assert (given.token, given.rank, given.world_size, given.linger_s, given.every) == (None, 0, 1, 30.0, 1)
+    assert (given.token, given.rank, given.world_size, given.linger_s) == (None, 0, 1, 30.0)
+    assert given.sampling == Sampling(every=1, histogram_every=100, burst=16)
+    assert (given.project, given.include, given.exclude, given.tags, given.notes) == ("", (), (), (), "")
 
 
 def test_variables_are_used_and_arguments_win(tmp_path: Path) -> None:
@@ -46,6 +50,97 @@ def test_variables_are_used_and_arguments_win(tmp_path: Path) -> None:
     assert (by_variable.spool_bytes, by_variable.linger_s) == (20_000_000, 2.5)
     assert (by_argument.addresses, by_argument.token, by_argument.spool_dir) == (("c:3",), "given", tmp_path)
     assert "given" not in repr(by_argument)
+
+
+def test_an_argument_wins_over_its_variable_that_over_the_file_and_that_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "fp8scope.yaml"
+    file.write_text(
+        "preset: economy\nevery: 4\nburst: 3\nexclude: ['*.head']\ncollector: file:1\nlinger_s: 0.5\n"
+        "spool_bytes: 17000000\nproject: p\ntags: [a, b]\n"
+    )
+    environ = {"FP8SCOPE_SETTINGS": str(file), "FP8SCOPE_EVERY": "5", "FP8SCOPE_EXCLUDE": "*.router, *.gate"}
+
+    by_file = settings({}, settings=file)
+    by_variable = settings(environ)
+    by_argument = settings(environ, every=6, exclude=["x"], preset="full", project="q")
+
+    assert by_file.sampling == Sampling(every=4, histogram_every=1000, burst=3)
+    assert (by_file.exclude, by_file.addresses, by_file.linger_s) == (("*.head",), ("file:1",), 0.5)
+    assert (by_file.spool_bytes, by_file.project, by_file.tags) == (17_000_000, "p", ("a", "b"))
+    assert by_variable.sampling == Sampling(every=5, histogram_every=1000, burst=3)
+    assert by_variable.exclude == ("*.router", "*.gate")
+    assert by_argument.sampling == Sampling(every=6, histogram_every=10, burst=3)
+    assert (by_argument.exclude, by_argument.project) == (("x",), "q")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("evry: 10", "'evry' in {file} is no setting; did you mean 'every'?"),
+        ("spool-bytes: 1", "'spool-bytes' in {file} is no setting; did you mean 'spool_bytes'?"),
+        ("colector: a:1", "did you mean 'collector'?"),
+        ("zzz: 1", "choose from burst, collector, every"),
+        ("token: abc", "a secret does not belong there; use FP8SCOPE_TOKEN"),
+        ("every: often", "every in {file} is 'often'; expected a whole number, 1 or more"),
+        ("every: 2.5", "every in {file} is 2.5; expected"),
+        ("burst: true", "burst in {file} is True; expected"),
+        ("linger_s: [1]", "linger_s in {file} is [1]; expected a number"),
+        ("exclude: '*.head'", "exclude in {file} is the string '*.head'; expected a list of strings"),
+        ("tags: [1]", "tags in {file} is [1]; expected a list of strings"),
+        ("preset: fast", "preset 'fast' is unknown; choose one of economy, standard, full"),
+        ("project: [a]", "project in {file} is ['a']; expected a text"),
+        ("- every", "are a list; expected lines such as 'every: 10'"),
+        ("every: [", "{file} are no YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+
+    with pytest.raises(ValueError, match=re.escape(sentence.format(file=file))) as caught:
+        settings(settings=file)
+
+    assert "abc" not in str(caught.value)
+
+
+def test_an_absent_file_is_refused_and_an_empty_one_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+
+    assert settings(settings=tmp_path / "empty.yaml") == settings()
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        settings({"FP8SCOPE_SETTINGS": str(tmp_path / "absent.yaml")})
+
+
+def test_without_pyyaml_a_file_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+
+    with pytest.raises(ValueError, match=re.escape("pip install 'fp8scope-agent[yaml]'")):
+        settings(settings=tmp_path / "settings.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("EVRY", "EVERY"),
+        ("COLECTOR", "COLLECTOR"),
+        ("SPOOLDIR", "SPOOL_DIR"),
+        ("TOKENS", "TOKEN"),
+        ("SETTING", "SETTINGS"),
+    ],
+)
+def test_a_variable_with_a_slip_is_refused(variable: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"FP8SCOPE_{variable} is no setting; did you mean FP8SCOPE_{meant}"):
+        settings({f"FP8SCOPE_{variable}": "x"})
+
+
+def test_variables_of_a_collector_beside_the_training_are_no_slips() -> None:
+    root = Path(__file__).parents[2]
+    code = "\n".join(path.read_text() for path in [*root.glob("collector/*/*.py"), *root.glob("fp8core/*/*.py")])
+    others = set(re.findall(r"FP8SCOPE_[A-Z_]+[A-Z]", code))
+
+    assert len(others) > 5
+    for variable in sorted(others - {"FP8SCOPE_" + name.upper() for name in (*SETTINGS, "token")}):
+        assert settings({variable: "x"}) == settings()
 
 
 def test_the_rank_comes_from_the_argument_then_the_process_group_then_the_variables() -> None:

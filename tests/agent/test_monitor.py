@@ -382,7 +382,7 @@ def test_a_spool_that_cannot_be_made_is_said_once_and_counted(
         train(model, monitor, 5)
 
     snapshot = monitor.snapshot()
-    assert snapshot.rows_dropped == {"spool_error": 5 * 6 + 1}  # and the end of the run
+    assert snapshot.rows_dropped == {"spool_error": 5 * 6 + 1, "spool_error_histograms": 6}  # and the end of the run
     assert snapshot.rows_recorded == 0
     assert snapshot.spool is None
     assert [sentence for sentence in warnings_of() if "FP8SCOPE_SPOOL_DIR" in sentence] == warnings_of()
@@ -427,9 +427,9 @@ def test_a_spool_that_is_full_gives_up_the_oldest_and_says_so(
     messages = spooled(snapshot.spool)
     kept = sum(message.stats.rows for message in messages)
     assert spool_bytes(Path(str(snapshot.spool))) <= 20000
-    assert snapshot.rows_dropped == {"spool_full": 600 - kept}
+    assert snapshot.rows_dropped == {"spool_full": 600 - kept, "spool_full_histograms": 6}
     assert messages[-1].finish.drops[0].rows == 600 - kept
-    assert len([sentence for sentence in warnings_of() if "FP8SCOPE_SPOOL_BYTES" in sentence]) == 1
+    assert len([sentence for sentence in warnings_of() if "FP8SCOPE_SPOOL_BYTES" in sentence]) == 2
 
 
 def test_troubles_of_the_sender_are_said_once_in_the_training_log(

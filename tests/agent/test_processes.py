@@ -232,7 +232,7 @@ def test_without_a_collector_the_sender_leaves_after_its_linger_and_sync_sends_l
     assert f"fp8scope-agent sync {folder()}" in said
     assert f"fp8scope-agent sync {folder()}" in (folder() / "sender.log").read_text()
     assert (status_before, synced, status_after) == (1, 0, 0)
-    assert "60 rows in 21 records wait" in out
+    assert "60 rows and 3 histograms in 22 records wait" in out
     assert "60 rows sent; nothing waits" in out
     assert len(collector.source.rows) == 60
     assert collector.source.finish is not None
