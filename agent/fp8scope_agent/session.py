@@ -6,6 +6,7 @@ model ─ adapters ─ arenas ─ ring ─ drain ─ recorder ─ spool ─ (pro
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -100,6 +101,8 @@ def attach(
             "fp8core.convert_to_fp8(model), and attach to what that returns; or see what FP8 would do, with "
             "attach(model, shadow=fp8core.AmaxScaling()).",
         )
+    for reason, names in tap.left_alone.items():
+        notices.warn(reason, f"{len(names)} layers are not recorded, {names[0]!r} is the first: {reason}")
     recorder = Recorder(
         resolved.spool_dir, _open_message(resolved, tap), max_bytes=resolved.spool_bytes, drops=drops, notices=notices
     )
@@ -116,6 +119,10 @@ def _where(wanted: Callable[[str], bool], find: Finder) -> Finder:
 
 def _finders(shadow: Recipe | Shadow | None) -> list[Finder]:
     finders: list[Finder] = [native.find]
+    if "torchao.float8.float8_linear" in sys.modules:  # else the model has none of its layers
+        from .adapters import torchao
+
+        finders.append(torchao.find)
     if shadow is not None:
         from .adapters import shadow as shadowing  # loads torch.distributed.tensor
 

@@ -90,35 +90,39 @@ def quantize_body(
 
 
 def observe_body(
-    x: Tensor,
-    scale: Tensor | None,
-    recipe_text: str,
-    role_name: str,
-    fmt_name: str,
-    state: Tensor | None,
-    arena_handle: int,
-    slot: Tensor | None,
+    x: Tensor, recipe_text: str, role_name: str, fmt_name: str, state: Tensor | None, arena_handle: int, slot: Tensor
 ) -> None:
-    """Leaves the statistics that a cast of `x` has: by `scale` if that is known already, else by the recipe.
+    """Leaves the statistics that a cast of `x` by the recipe would leave.
 
-    The state of delayed scaling moves on at every call, recorded or not, for a pass over the data. A guest: where there
-    is nothing to record it costs nothing, and what cannot be cast (another dtype, another device than the arena's) is
-    no error.
+    The state of delayed scaling moves on at every call, recorded or not, for a pass over the data.
     """
-    role = Role(role_name)
-    arena = recording_arena(arena_handle)
-    if arena is not None and arena.device != x.device:
-        arena = None
-    if (arena is None and state is None) or _recomputing(role) or x.numel() == 0 or x.dtype not in INPUT_DTYPES:
-        return
-    recipe, fmt = parse_recipe(recipe_text), FORMATS[fmt_name]
-    x = x.detach().contiguous()
-    if arena is None:
-        amax = kernels_for(x.device.type).amax(x)
+    role, fmt, recipe = Role(role_name), FORMATS[fmt_name], parse_recipe(recipe_text)
+    arena = observing_arena(x, role, arena_handle)
+    if arena is not None:
+        scale = _scale(x.detach().contiguous(), recipe, role, fmt, state)
+        amax = observe_cast(x, scale, role, fmt, arena, slot)
+    elif isinstance(recipe, DelayedScaling) and _castable(x) and not _recomputing(role):
+        amax = kernels_for(x.device.type).amax(x.detach().contiguous())
     else:
-        _, amax = _cast(x, _scale(x, recipe, role, fmt, state) if scale is None else scale, role, fmt, arena, slot)
+        return
     if isinstance(recipe, DelayedScaling):
         _data(state).copy_(device_scaling.delayed_update(_data(state), amax, fmt, recipe))
+
+
+def observing_arena(x: Tensor, role: Role, arena_handle: int) -> StatsArena | None:
+    """The arena that wants the statistics of `x` now. A guest's question: what cannot be cast is no error."""
+    arena = recording_arena(arena_handle)
+    wanted = arena is not None and arena.device == x.device and _castable(x) and not _recomputing(role)
+    return arena if wanted else None
+
+
+def observe_cast(x: Tensor, scale: Tensor, role: Role, fmt: Fp8Format, arena: StatsArena, slot: Tensor) -> Tensor:
+    """Leaves the statistics of `x` cast with `scale`, float32 0-d, in `arena`; the amax of `x`."""
+    return _cast(x.detach().contiguous(), scale, role, fmt, arena, slot)[1]
+
+
+def _castable(x: Tensor) -> bool:
+    return x.numel() > 0 and x.dtype in INPUT_DTYPES
 
 
 def _recomputing(role: Role) -> bool:
@@ -192,7 +196,7 @@ define(
     _on_meta,
 )
 define(
-    "observe(Tensor x, Tensor? scale, str recipe, str role, str fmt, Tensor? state, int arena, Tensor? slot) -> ()",
+    "observe(Tensor x, str recipe, str role, str fmt, Tensor? state, int arena, Tensor slot) -> ()",
     observe_body,
     lambda *arguments: None if isinstance(arguments[0], FakeTensor) else observe_body(*arguments),
 )

@@ -18,7 +18,7 @@ FOLDERS = ("fp8core", "protos", "agent", "collector", "dashboard")
 OURS = {"fp8core", "fp8scope-protos", "fp8scope-agent", "fp8scope-collector", "fp8scope-dashboard"}
 
 # Imports every module of a package; of the other installed distributions it sees only those named. (The Triton
-# kernels are imported on a GPU only, where torch brings triton.)
+# kernels are imported on a GPU only, where torch brings triton; adapters' and callbacks' libraries are the user's.)
 IMPORT_ALL = """
 import importlib, importlib.abc, importlib.metadata, pkgutil, sys
 
@@ -37,7 +37,11 @@ sys.meta_path.insert(0, Fence())
 root = importlib.import_module(package)
 for module in pkgutil.walk_packages(root.__path__, package + "."):
     if not module.name.endswith("__main__") and ".versions." not in module.name and ".triton" not in module.name:
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name.partition(".")[0] not in ("torchao", "nvdlfw_inspect", "transformers", "lightning"):
+                raise
 print(len(sys.modules), "modules")
 """
 

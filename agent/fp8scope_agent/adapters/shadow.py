@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from fp8core import Fp8Linear, StatsArena
@@ -23,7 +22,7 @@ from fp8core.quantize import INPUT_DTYPES
 from fp8core.recipes import Recipe
 from fp8core.records import Role
 
-from .swap import TappedLinear, Wire, tap, untap
+from .swap import TappedLinear, Wire, local, tap, untap
 from .tap import Cast, stored
 
 
@@ -89,8 +88,8 @@ class ShadowLinear(TappedLinear):
         y = functional.linear(x, weight, self.bias)
         if self.training:
             wires = self._fp8scope_wires
-            wires[Role.INPUT].observe(_local(x))
-            wires[Role.WEIGHT].observe(_local(weight))
+            wires[Role.INPUT].observe(local(x))
+            wires[Role.WEIGHT].observe(local(weight))
             if y.requires_grad:
                 y = _Tap.apply(y, wires[Role.GRAD_OUTPUT])  # type: ignore[no-untyped-call]  # torch's own signature
         return y
@@ -107,10 +106,5 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        ctx.wire.observe(_local(dy))
+        ctx.wire.observe(local(dy))
         return dy, None
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor that tensor parallelism has split: no operation of ours takes the whole."""
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fp8core import StatsArena
 from fp8core.device_scaling import new_state
@@ -36,9 +37,9 @@ class Wire(NamedTuple):
     arena: int
     slot: Tensor
 
-    def observe(self, x: Tensor, scale: Tensor | None = None) -> None:
-        """Leave the statistics of `x` as `scale` casts it, or as the recipe would."""
-        torch.ops.fp8core.observe(x, scale, *self)
+    def observe(self, x: Tensor) -> None:
+        """Leave the statistics of `x` as the recipe would cast it."""
+        torch.ops.fp8core.observe(x, *self)
 
 
 class TappedLinear(nn.Linear):
@@ -83,6 +84,11 @@ def untap(module: nn.Linear, arena: StatsArena) -> None:
     if isinstance(module, TappedLinear) and tapped is _tapped_class(tapped.__bases__[0], tapped.untapped):
         module.__class__ = tapped.untapped
         del vars(module)[_WIRES]
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that tensor parallelism has split: no operation of ours takes the whole."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _tapped_class(mixin: Any, untapped: Any) -> Any:

@@ -60,20 +60,23 @@ class Layer(Protocol):
         ...
 
 
-Finder = Callable[[str, nn.Module], Layer | None]  # (name, module) -> the layer, where the adapter knows it
+# (name, module) -> the layer; or why a layer that the adapter knows is left alone; or None.
+Finder = Callable[[str, nn.Module], Layer | str | None]
 
 
 @dataclass(frozen=True)
 class Tap:
     """A model whose layers are bound: its slots, and the arenas that hold them.
 
-    `slots_of[i][row]` is the slot whose statistics stand in that row of `arenas[i]`.
+    `slots_of[i][row]` is the slot whose statistics stand in that row of `arenas[i]`; `left_alone` are the names of
+    layers that are not recorded, by the reason.
     """
 
     slots: tuple[SlotInfo, ...]
     arenas: tuple[StatsArena, ...]
     slots_of: tuple[npt.NDArray[np.int64], ...]
     bound: tuple[tuple[Layer, StatsArena], ...]
+    left_alone: Mapping[str, tuple[str, ...]]
 
     def silence(self) -> None:
         """From now on the layers write to nowhere. They stay as they are: a compiled model is not compiled anew."""
@@ -96,10 +99,14 @@ def bind(model: nn.Module, finders: Sequence[Finder]) -> Tap:
     rows: dict[torch.device, list[int]] = {}
     found: list[tuple[Layer, torch.device, dict[Role, int]]] = []
     slots: list[SlotInfo] = []
+    left_alone: dict[str, tuple[str, ...]] = {}
     for path, module in _unwrapped(model).named_modules():
         name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
         layer = next((layer for find in finders if (layer := find(name, module)) is not None), None)
         if layer is None:
+            continue
+        if isinstance(layer, str):
+            left_alone[layer] = (*left_alone.get(layer, ()), name)
             continue
         device = stored(layer.module).device
         if device.type == "meta":
@@ -119,6 +126,7 @@ def bind(model: nn.Module, finders: Sequence[Finder]) -> Tap:
         arenas=tuple(arenas.values()),
         slots_of=tuple(np.array(on_device, dtype=np.int64) for on_device in rows.values()),
         bound=tuple((layer, arenas[device]) for layer, device, _ in found),
+        left_alone=left_alone,
     )
 
 
