@@ -77,6 +77,7 @@ class PostgresServer:
     port: int
     password: str
     process: subprocess.Popen[bytes]
+    folder: Path  # of its Unix socket
 
     def url(self, database: str = "postgres") -> str:
         """SQLAlchemy's address of `database`."""
@@ -133,7 +134,7 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
                 process = subprocess.Popen(
                     [
                         *(postgres, "-D", home / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"),
-                        *("-c", "unix_socket_directories=", "-c", "fsync=off", "-c", "shared_buffers=32MB"),
+                        *("-c", f"unix_socket_directories={home}", "-c", "fsync=off", "-c", "shared_buffers=32MB"),
                     ],
                     **account,
                     cwd=home,
@@ -141,7 +142,7 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
                     stdout=log,
                     stderr=log,
                 )
-            server = PostgresServer(port, password, process)
+            server = PostgresServer(port, password, process, home)
             if _answers(server, timeout_s=30):
                 break
             assert attempt < 2, f"PostgreSQL did not start:\n{(home / 'log').read_text()}"
@@ -160,6 +161,18 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     yield postgres_server.url(name)
     with contextlib.suppress(OSError):
         postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def postgres_socket_url(postgres_server: PostgresServer) -> Callable[[str], str]:
+    """A function: the same database by its Unix socket, which every network namespace reaches."""
+
+    def by_socket(url: str) -> str:
+        return url.replace(f"@127.0.0.1:{postgres_server.port}/", "@/") + (
+            f"?host={postgres_server.folder}&port={postgres_server.port}"
+        )
+
+    return by_socket
 
 
 def _account_for_servers() -> dict[str, Any]:

@@ -22,8 +22,9 @@ _METHOD = "/fp8scope.v1.Telemetry/Stream"
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new connection is a new attempt: the sender does the back-off
     ("grpc.enable_http_proxy", 0),  # the collector stands in the training's own network
-    ("grpc.keepalive_time_ms", 30_000),  # a collector's host that vanished is noticed within a minute
+    ("grpc.keepalive_time_ms", 30_000),  # a host that vanished while nothing was owed is noticed within a minute
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.min_reconnect_backoff_ms", 3_000),  # how long one attempt to connect may take
 )
 
 
@@ -34,7 +35,7 @@ class Timing:
     poll_s: float = 0.1  # how often the spool is looked at when nothing else happens
     heartbeat_s: float = 5.0  # after this long without a message
     opened_s: float = 10.0  # for the answer to Open
-    acked_s: float = 60.0  # for any answer while something is unacknowledged
+    acked_s: float = 2.0  # for any answer while something is unacknowledged; collectors repeat themselves
     drain_s: float = 2.0  # for the last acks of a server that goes down
 
 

@@ -45,6 +45,7 @@ class Lane:
         self.source = source
         self.changed = asyncio.Event()
         self.owed = 0
+        self.waits = False  # for room in the queue or for its rate, not reading
         self.up_to_seq = source.up_to_seq
         self.failure: RefusedError | None = None  # a batch could not be stored; the stream has to end
 

@@ -45,6 +45,7 @@ from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 
 STREAMS_END_S = 2.5  # from a signal until streams are cut
+ALIVE_S = 0.5  # how often a stream that waits for the database hears that somebody is there
 WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
 VERSION = version("fp8scope-collector")
@@ -272,7 +273,12 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 raise lane.failure
             if reading.done() and not lane.owed and lane.up_to_seq == acknowledged:
                 break
-            await lane.changed.wait()
+            try:
+                async with asyncio.timeout(ALIVE_S):
+                    await lane.changed.wait()
+            except TimeoutError:
+                if lane.owed or lane.waits:  # the database is slow: the agent need not look for another collector
+                    await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged)))
             lane.changed.clear()
         if not reading.cancelled():
             reading.result()  # raises what was wrong with the last message
@@ -303,9 +309,11 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 self._metrics.observe_batch("refused", wire_bytes=wire_bytes)
                 raise
             last_seq, finished = batch.seq, finished or batch.ending is not None
+            lane.waits = True
             if self._gate and token and await self._gate.pace(token, batch.rows):
                 self._metrics.observe_throttled()
             await self._ingest.put(batch, wire_bytes, lane)
+            lane.waits = False
 
     def _decode(self, message: pb.ClientMessage, kind: str | None, source: Source) -> Batch:
         if kind == "stats":

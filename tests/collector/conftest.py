@@ -249,11 +249,17 @@ class Collector:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
-def _start(url: str, log: Path, *arguments: object, program: Sequence[str] = ("-m", "fp8scope_collector")) -> Collector:
+def _start(
+    url: str,
+    log: Path,
+    *arguments: object,
+    program: Sequence[str] = ("-m", "fp8scope_collector"),
+    inside: Sequence[str] = (),
+) -> Collector:
     with log.open("a") as errors:
         process = subprocess.Popen(
             [
-                *(sys.executable, *program, "serve", "--db", url),
+                *(*inside, sys.executable, *program, "serve", "--db", url),
                 *("--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *map(str, arguments)),
             ],
             stdout=subprocess.PIPE,
@@ -269,7 +275,7 @@ def _start(url: str, log: Path, *arguments: object, program: Sequence[str] = ("-
 
 @pytest.fixture
 def start_collector(tmp_path: Path) -> Iterator[Callable[..., Collector]]:
-    """A function: a collector on the database `url`, ended with the test."""
+    """A function: a collector on the database `url`, ended with the test; `inside` goes before its command."""
     started: list[Collector] = []
 
     def start(url: str, *arguments: object, **how: Any) -> Collector:

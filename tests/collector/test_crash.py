@@ -155,6 +155,7 @@ def test_a_database_that_is_gone_holds_the_agents_and_says_so(
 
     assert collector.health() == (503, "the database does not take what is written\n")
     assert collector.metrics()[("fp8scope_queue_bytes",)] > 0
+    assert stream.receive().ack.up_to_seq == 0, "again and again: somebody is there"
     with admin.connect() as connection:
         connection.execute(sa.text("ALTER TABLE hidden RENAME TO stats"))
     stream.wait_ack(5)
