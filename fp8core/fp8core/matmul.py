@@ -7,14 +7,15 @@ versions, `torch._scaled_mm`. It wants a row-major first operand, a column-major
 divisible by 16; here, once for all, operands are laid out anew where they are not so, and padded with zeros, which add
 nothing to any sum. Fast accumulation (fewer bits) is for fprop only, as in Transformer Engine and torchao.
 
-Elsewhere it is emulated. FP8 values are exact in bfloat16 and their products in float32, so that
+Elsewhere it is emulated: dequantise, multiply with float32 accumulation, unscale, round once. FP8 values are exact in
+bfloat16 and their products in float32, so what is lost is the order of a float32 sum. How the product is computed
+depends on the processor:
 
-* the reference path (dequantise to float32, float32 GEMM, unscale, round once) differs from the real product by the
-  order of a float32 sum only, and
-* the fast path (bfloat16 operands, bfloat16 GEMM with float32 accumulation, unscale) gives the same bits if the result
-  is bfloat16 and both scales are powers of two: unscaling is then exact and the one rounding is the GEMM's. With other
-  scales it would round twice, which puts a quarter of the elements off. It is taken where the processor has bfloat16
-  instructions; an AVX2 one is 20 times slower at it in one of the layouts.
+* on AMX, a bfloat16 GEMM that leaves the float32 sum (`kernels.mkl`);
+* with other bfloat16 instructions, torch's bfloat16 GEMM, if the result is bfloat16 and both scales are powers of two:
+  unscaling is then exact and the one rounding is the GEMM's. With other scales it would round twice, which puts a
+  quarter of the elements off. A processor without (AVX2) is 20 times slower at it in one of the layouts;
+* a float32 GEMM of float32 operands everywhere else.
 
 Scales multiply into FP8. A product of scales beyond 2**+-126 flushes the result to zero or saturates the factor.
 
@@ -24,14 +25,14 @@ Shapes: M, N, K; the three GEMMs of a linear layer are `scaled_mm` of transposed
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8core.kernels import kernels_for
+from fp8core.kernels import kernels_for, mkl
 from fp8core.ops import define
-from fp8core.scaling import FLOAT32_MAX
 
 ALIGNMENT = 16
 
@@ -68,24 +69,43 @@ def mm_body(
         return a_MK.new_zeros((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
     if has_fp8_tensor_cores(a_MK.device) and tensor_cores_take(a_MK.dtype, b_KN.dtype):
         return _tensor_core_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, fast_accum)
-    fast = power_of_two and out_dtype == torch.bfloat16 and has_bfloat16_gemm(a_MK.device)
-    return emulated_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, fast=fast)
+    return emulated_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, _mm_for(a_MK.device, out_dtype, power_of_two))
+
+
+def _mm_for(device: torch.device, out_dtype: torch.dtype, power_of_two: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    if device.type == "cpu" and mkl.available():
+        return amx_mm
+    if power_of_two and out_dtype == torch.bfloat16 and has_bfloat16_gemm(device):
+        return bfloat16_mm
+    return float32_mm
 
 
 def emulated_mm(
-    a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, *, fast: bool
+    a_MK: Tensor,
+    b_KN: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    mm: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The product without FP8 hardware; `fast` takes the bfloat16 path, whose conditions are the caller's to check."""
-    compute_dtype = torch.bfloat16 if fast else torch.float32
+    """The product without FP8 hardware; `mm` gives that of the codes' values, unscaled."""
     with torch._C._DisableAutocast():  # it reaches into the bodies of operations and would round to bfloat16 here
-        product = _dequantize(a_MK, compute_dtype) @ _dequantize(b_KN, compute_dtype)
-    return product.mul_(inverse_of_product(scale_a, scale_b)).to(out_dtype)
+        return kernels_for(a_MK.device.type).unscale(mm(a_MK, b_KN), scale_a, scale_b, out_dtype)
 
 
-def inverse_of_product(scale_a: Tensor, scale_b: Tensor) -> Tensor:
-    """1 / (scale_a * scale_b), rounded once to float32 and kept finite."""
-    # float64: the product of two float32 scales is exact there and far from its limits.
-    return (scale_a.double() * scale_b.double()).reciprocal().clamp(max=FLOAT32_MAX).float()
+def float32_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """The product of the codes' values in float32, on any device."""
+    return _dequantize(a_MK, torch.float32) @ _dequantize(b_KN, torch.float32)
+
+
+def amx_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """The product of the codes' values in float32, where `mkl.available()`."""
+    return mkl.gemm(_dequantize(a_MK, torch.bfloat16), _dequantize(b_KN, torch.bfloat16))
+
+
+def bfloat16_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """The product of the codes' values, summed in float32 and rounded to bfloat16."""
+    return _dequantize(a_MK, torch.bfloat16) @ _dequantize(b_KN, torch.bfloat16)
 
 
 @functools.cache

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fp8core import matmul
 from fp8core.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, Fp8Format
-from fp8core.matmul import emulated_mm, inverse_of_product, scaled_mm
+from fp8core.kernels import cpu, eager, mkl
+from fp8core.kernels.eager import inverse_of_product
+from fp8core.matmul import bfloat16_mm, emulated_mm, float32_mm, scaled_mm
 
 SHAPES = [(16, 16, 16), (1, 300, 1), (3, 1023, 5), (64, 256, 128), (128, 2048, 48), (17, 4096, 33)]
+LARGE = [(257, 1023, 511), (4096, 4096, 48), (31, 48, 4096), (1021, 4093, 67), (2048, 16, 2047)]
+PAIRS = [(E4M3FN, E4M3FN), (E5M2, E4M3FN), (E5M2FNUZ, E4M3FNUZ), (E5M2, E5M2)]
+POWERS_OF_TWO, ANY = (2.0**20, 0.25), (3.7, 0.011)
+PATHS = ["float32", *(["AMX"] if mkl.available() else [])]
 
 
 def operand(rows: int, columns: int, fmt: Fp8Format, seed: int) -> torch.Tensor:
@@ -18,48 +25,85 @@ def operand(rows: int, columns: int, fmt: Fp8Format, seed: int) -> torch.Tensor:
     return x.clamp(-fmt.max, fmt.max).to(getattr(torch, fmt.torch_dtype))
 
 
-def float64_product(a: torch.Tensor, b: torch.Tensor, s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
+def operands(M: int, K: int, N: int, gemm: str, fmt_a: Fp8Format, fmt_b: Fp8Format) -> tuple[Tensor, Tensor]:
+    """In the memory order that each GEMM of a linear layer finds its operands in."""
+    a = operand(K, M, fmt_a, 0).t() if gemm == "wgrad" else operand(M, K, fmt_a, 0)
+    b = operand(N, K, fmt_b, 1).t() if gemm == "fprop" else operand(K, N, fmt_b, 1)
+    return a, b
+
+
+def float64_product(a: Tensor, b: Tensor, s_a: Tensor, s_b: Tensor) -> Tensor:
     return (a.double() @ b.double()) / (s_a.double() * s_b.double())
 
 
-@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
-@pytest.mark.parametrize(("fmt_a", "fmt_b"), [(E4M3FN, E4M3FN), (E5M2, E4M3FN), (E5M2FNUZ, E4M3FNUZ), (E5M2, E5M2)])
-def test_float32_product_is_within_1e_6_of_float64(M: int, K: int, N: int, fmt_a: Fp8Format, fmt_b: Fp8Format) -> None:
-    a, b = operand(M, K, fmt_a, 0), operand(K, N, fmt_b, 1)
-    s_a, s_b = torch.tensor(3.7), torch.tensor(0.011)
-
-    y = scaled_mm(a, b, s_a, s_b, out_dtype=torch.float32)
-
-    exact = float64_product(a, b, s_a, s_b)
-    assert (y - exact).norm() / exact.norm() <= 1e-6
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The float32 GEMM of every processor, and the one on tile registers where there are."""
+    if request.param == "float32":
+        monkeypatch.setattr(mkl, "available", lambda: False)
+    return str(request.param)
 
 
-@pytest.mark.parametrize(("M", "K", "N"), [*SHAPES, (256, 1024, 256)])
-@pytest.mark.parametrize("scales", [(8.0, 0.25), (3.7, 0.011)], ids=["powers of two", "any"])
-def test_bfloat16_product_is_the_rounded_float64_one(M: int, K: int, N: int, scales: tuple[float, float]) -> None:
-    a, b = operand(M, K, E4M3FN, 0), operand(K, N, E4M3FN, 1)
-    s_a, s_b = torch.tensor(scales[0]), torch.tensor(scales[1])
+def assert_float32_product_is_exact(shape: tuple[int, int, int], gemm: str, fmts: tuple[Fp8Format, Fp8Format]) -> None:
+    a, b = operands(*shape, gemm, *fmts)
 
-    y = scaled_mm(a, b, s_a, s_b, out_dtype=torch.bfloat16)
+    for s_a, s_b in (torch.tensor(POWERS_OF_TWO), torch.tensor(ANY)):
+        y = scaled_mm(a, b, s_a, s_b, out_dtype=torch.float32)
 
-    off = (y != float64_product(a, b, s_a, s_b).to(torch.bfloat16)).double().mean().item()
-    assert off <= 1e-3, f"{off:.2%} of the elements"
+        exact = float64_product(a, b, s_a, s_b)
+        error = (y - exact).norm() / exact.norm()
+        assert error <= 1e-6, f"{error:.1e} under scales {s_a}, {s_b}"
 
 
-def test_fast_path_gives_the_same_bits_where_both_scales_are_powers_of_two() -> None:
+def assert_bfloat16_product_is_rounded_once(shape: tuple[int, int, int], gemm: str) -> None:
+    a, b = operands(*shape, gemm, E4M3FN, E4M3FN)
+
+    for scales, power_of_two in ((POWERS_OF_TWO, True), (POWERS_OF_TWO, False), (ANY, False)):
+        s_a, s_b = torch.tensor(scales)
+        y = scaled_mm(a, b, s_a, s_b, out_dtype=torch.bfloat16, power_of_two=power_of_two)
+
+        off = (y != float64_product(a, b, s_a, s_b).to(torch.bfloat16)).double().mean().item()
+        assert off <= 1e-3, f"{off:.2%} of the elements under scales {scales}, power_of_two={power_of_two}"
+
+
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmts", PAIRS, ids=lambda fmts: f"{fmts[0]}-{fmts[1]}")
+def test_float32_product_is_within_1e_6_of_float64(
+    shape: tuple[int, int, int], gemm: str, fmts: tuple[Fp8Format, Fp8Format], path: str
+) -> None:
+    assert_float32_product_is_exact(shape, gemm, fmts)
+
+
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("shape", [*SHAPES, (256, 1024, 256)], ids=str)
+def test_bfloat16_product_is_the_rounded_float64_one(shape: tuple[int, int, int], gemm: str, path: str) -> None:
+    assert_bfloat16_product_is_rounded_once(shape, gemm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_products_of_large_and_odd_shapes_are_exact_too(shape: tuple[int, int, int], gemm: str, path: str) -> None:
+    for fmts in PAIRS:
+        assert_float32_product_is_exact(shape, gemm, fmts)
+    assert_bfloat16_product_is_rounded_once(shape, gemm)
+
+
+def test_bfloat16_gemm_gives_the_same_bits_where_both_scales_are_powers_of_two() -> None:
     a, b = operand(96, 512, E5M2, 0), operand(64, 512, E4M3FN, 1).t()
     s_a, s_b = torch.tensor(2.0**20), torch.tensor(2.0**-3)
 
-    fast, reference = (emulated_mm(a, b, s_a, s_b, torch.bfloat16, fast=fast) for fast in (True, False))
+    fast, reference = (emulated_mm(a, b, s_a, s_b, torch.bfloat16, mm) for mm in (bfloat16_mm, float32_mm))
 
     assert (fast != reference).double().mean() <= 1e-3  # a sum that another order puts on the other side of a tie
 
 
-def test_fast_path_would_round_twice_under_other_scales() -> None:
+def test_bfloat16_gemm_would_round_twice_under_other_scales() -> None:
     a, b = operand(96, 512, E4M3FN, 0), operand(512, 64, E4M3FN, 1)
     s_a, s_b = torch.tensor(3.7), torch.tensor(1.3)
 
-    fast, reference = (emulated_mm(a, b, s_a, s_b, torch.bfloat16, fast=fast) for fast in (True, False))
+    fast, reference = (emulated_mm(a, b, s_a, s_b, torch.bfloat16, mm) for mm in (bfloat16_mm, float32_mm))
 
     assert (fast != reference).double().mean() > 0.1
 
@@ -70,7 +114,8 @@ def test_transposed_views_are_multiplied_as_they_are() -> None:
 
     y = scaled_mm(a.t(), b.t(), one, one, out_dtype=torch.float32)
 
-    assert torch.equal(y, a.float().t() @ b.float().t())
+    exact = a.double().t() @ b.double().t()
+    assert (y - exact).norm() / exact.norm() <= 1e-6
     assert torch.equal(y, scaled_mm(a.t().contiguous(), b.t().contiguous(), one, one, out_dtype=torch.float32))
 
 
@@ -104,6 +149,23 @@ def test_scales_at_their_limits_do_not_make_nan() -> None:
 
 def test_opposite_scales_at_their_limits_cancel() -> None:
     assert inverse_of_product(torch.tensor(2.0**126), torch.tensor(2.0**-120)).item() == 2.0**-6
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_kernels_unscale_and_round_as_torch_does(out_dtype: torch.dtype) -> None:
+    if reason := cpu.unavailable_reason():
+        pytest.skip(reason)
+    bits = torch.randint(-(1 << 31), 1 << 31, (997, 67), generator=torch.Generator().manual_seed(0))
+    product = bits.to(torch.int32).view(torch.float32)  # NaN, Inf and subnormals among them
+    product[0, :2] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # ties to even in bfloat16: down and up
+    one = torch.tensor(1.0)
+
+    for scales in ((one, one), torch.tensor(ANY), torch.tensor([2.0**126, 2.0**100]), torch.tensor([2.0**-126] * 2)):
+        ours = cpu.unscale(product.clone(), *scales, out_dtype)
+        torchs = eager.unscale(product.clone(), *scales, out_dtype)
+
+        assert ours.dtype == out_dtype
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_padding_for_tensor_cores_changes_no_sum() -> None:

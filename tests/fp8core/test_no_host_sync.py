@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8core.kernels
 from fp8core import AmaxScaling, ConstantScaling, CurrentScaling, DelayedScaling, Fp8Linear, StatsArena, convert_to_fp8
-from fp8core.matmul import emulated_mm
+from fp8core.matmul import bfloat16_mm, emulated_mm, float32_mm
 from fp8core.quantize import quantize_body, recast_body
 from fp8core.recipes import Recipe
 from fp8core.records import Role
@@ -29,7 +29,8 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonze
 
 
 def emulated_mm_body(a: Any, b: Any, scale_a: Any, scale_b: Any, out_dtype: Any, power_of_two: Any, _: Any) -> Any:
-    return emulated_mm(a, b, scale_a, scale_b, out_dtype, fast=power_of_two and out_dtype == torch.bfloat16)
+    mm = bfloat16_mm if power_of_two and out_dtype == torch.bfloat16 else float32_mm
+    return emulated_mm(a, b, scale_a, scale_b, out_dtype, mm)
 
 
 BODIES = {"quantize": quantize_body, "recast": recast_body, "scaled_mm": emulated_mm_body}

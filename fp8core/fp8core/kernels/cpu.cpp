@@ -18,6 +18,7 @@
 // Words: y = fl32(x * scale) is the scaled value, q the FP8 value, a a magnitude (sign bit clear).
 
 #include <cfenv>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -477,6 +478,33 @@ template <class Out> void decode_all(const uint8_t* q, int64_t n, const Target& 
     });
 }
 
+// ------------------------------------------------------------------------------------- what follows an emulated GEMM
+
+// To bf16, ties to even; all NaN become one, as in torch. Not by AVX512_BF16's instruction, which flushes subnormals.
+inline Ints rounded_to_bf16(Floats y) {
+    const Ints bits = bit_cast<Ints>(y);
+    const Ints rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    return select(Ints((bits & 0x7FFFFFFF) > 0x7F800000), Ints{} + 0x7FC00000, rounded);
+}
+
+inline void store_product(float* out, Floats y) { std::memcpy(out, &y, sizeof y); }
+inline void store_product(uint16_t* out, Floats y) { store(out, rounded_to_bf16(y)); }
+
+template <class Out> void unscale_all(const float* y, int64_t n, float inv_scale, Out* out, int threads) {
+    over_blocks(n, threads, [&](int64_t first, int count) {
+        const int whole = count / LANES * LANES, rest = count - whole;
+        for (int64_t i = first; i < first + whole; i += LANES) store_product(out + i, load<Floats>(y + i) * inv_scale);
+        if (rest) {
+            float y_padded[LANES] = {};
+            Out out_padded[LANES];
+            std::memcpy(y_padded, y + first + whole, size_t(rest) * sizeof *y);
+            store_product(out_padded, load<Floats>(y_padded) * inv_scale);
+            std::memcpy(out + first + whole, out_padded, size_t(rest) * sizeof *out);
+        }
+        return Tally();
+    });
+}
+
 // --------------------------------------------------------------------------------------------------- arena rows
 
 // A row of the arena: the words of fp8core.records.COLUMNS, in that order (cpu.py asserts it).
@@ -549,6 +577,18 @@ void fp8_dequantize(const uint8_t* q, int64_t n, const Target* target, void* out
         decode_all(q, n, *target, static_cast<uint16_t*>(out), threads);
     else
         decode_all(q, n, *target, static_cast<uint32_t*>(out), threads);
+}
+
+// y / (scale_a * scale_b), to bf16 where `narrow` is set, else to float32; `out` may be `y`.
+void fp8_unscale(const float* y, int64_t n, const float* scale_a, const float* scale_b, void* out, int narrow,
+                 int threads) {
+    const DefaultFloatMode mode;
+    const double exact = 1.0 / (double(*scale_a) * double(*scale_b));
+    const float inv_scale = exact > double(FLT_MAX) ? FLT_MAX : float(exact);
+    if (narrow)
+        unscale_all(y, n, inv_scale, static_cast<uint16_t*>(out), threads);
+    else
+        unscale_all(y, n, inv_scale, static_cast<float*>(out), threads);
 }
 
 // Adds to counts[256].

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from fp8core.formats import FORMATS, Fp8Format
+from fp8core.kernels import eager
 from fp8core.records import COLUMNS
 
 INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -122,6 +123,21 @@ def dequantize(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out.data_ptr(),
         dtype == torch.bfloat16,
         _threads(q.numel()),
+    )
+    return out
+
+
+def unscale(
+    product: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """`product` / (scale_a * scale_b) in `out_dtype`, rounded once; see `eager.unscale`. May reuse `product`."""
+    if product.dtype != torch.float32 or out_dtype not in (torch.float32, torch.bfloat16):
+        return eager.unscale(product, scale_a, scale_b, out_dtype)
+    narrow = out_dtype == torch.bfloat16
+    out = torch.empty_like(product, dtype=out_dtype) if narrow else product
+    n = product.numel()
+    _library().fp8_unscale(
+        *(product.data_ptr(), n, scale_a.data_ptr(), scale_b.data_ptr(), out.data_ptr(), narrow, _threads(n)),
     )
     return out
 
@@ -302,7 +318,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.fp8_amax.argtypes = (pointer, count, number, pointer, number)
     library.fp8_cast.argtypes = (*(pointer, count, number, pointer, target, pointer, pointer, pointer, number, number),)
     library.fp8_dequantize.argtypes = (pointer, count, target, pointer, number, number)
+    library.fp8_unscale.argtypes = (pointer, count, pointer, pointer, pointer, number, number)
     library.fp8_exponents.argtypes = (pointer, count, number, pointer, number)
-    for function in (library.fp8_amax, library.fp8_cast, library.fp8_dequantize, library.fp8_exponents):
-        function.restype = None
+    for name in ("amax", "cast", "dequantize", "unscale", "exponents"):
+        getattr(library, f"fp8_{name}").restype = None
     return library

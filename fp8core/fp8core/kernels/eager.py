@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp8core.formats import Fp8Format
 from fp8core.records import COLUMNS, FIELD_BY_NAME, is_float
+from fp8core.scaling import FLOAT32_MAX
 
 
 def amax(x: Tensor) -> Tensor:
@@ -52,6 +53,17 @@ def cast(
 def dequantize(q: Tensor, dtype: torch.dtype) -> Tensor:
     """The exact values of FP8 codes, as float32 or bfloat16; no scale is applied."""
     return q.to(dtype)
+
+
+def unscale(product: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """What an emulated GEMM ends with: `product`, contiguous, / (scale_a * scale_b), rounded once; may reuse it."""
+    return product.mul_(inverse_of_product(scale_a, scale_b)).to(out_dtype)
+
+
+def inverse_of_product(scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """1 / (scale_a * scale_b), rounded once to float32 and kept finite."""
+    # float64: the product of two float32 scales is exact there and far from its limits.
+    return (scale_a.double() * scale_b.double()).reciprocal().clamp(max=FLOAT32_MAX).float()
 
 
 def exponent_histogram(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8core.formats import Fp8Format
+from fp8core.kernels import eager
 from fp8core.kernels import triton_jit as jit
 from fp8core.records import COLUMNS
 
@@ -127,6 +128,9 @@ def cast_transpose(
 def dequantize(q: Tensor, dtype: torch.dtype) -> Tensor:
     """The exact values of the codes of `q` in float32 or bfloat16; no scale is applied. torch's cast is fast here."""
     return q.to(dtype)
+
+
+unscale = eager.unscale
 
 
 def exponent_histogram(x: Tensor) -> Tensor:
