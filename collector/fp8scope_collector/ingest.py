@@ -27,6 +27,7 @@ from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsE
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
 
 HOUSEKEEPING_S = 5.0
+CATCH_UP_S = 1.5  # at most, between two rounds of work
 REGISTRATIONS_AT_ONCE = 8  # between two groups: a job of 512 ranks must not hold up the others when it starts
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
@@ -228,6 +229,11 @@ class Ingest:
                 self._persist(lambda: self._writer.touch(seen))
             if used:
                 self._persist(lambda: self._writer.touch_tokens(used))
+            self._persist(self._writer.roll_up)
+            until = time.monotonic() + CATCH_UP_S
+            while self._persist(lambda: self._writer.catch_up(now_unix_ns=self._unix_ns())):
+                if time.monotonic() > until or self._closing:
+                    break
             runs, size = self._persist(lambda: self._writer.overview(MAX_RUNS))
         except _HaltedError:
             raise

@@ -54,7 +54,7 @@ class Recording:
                 "environment_json": "{}",
             }
             self.source_id = connection.execute(schema.source.insert().values(**source)).inserted_primary_key[0]
-            covered = {"source_id": self.source_id, "first_step": 0, "rolled_step": 0}
+            covered = {"source_id": self.source_id, "first_step": 0, "rolled_step": 0, "pruned_step": 0}
             connection.execute(schema.coverage.insert().values(**covered))
             for slot, (layer, role) in enumerate((layer, role) for layer in [*LAYERS, name] for role in Role):
                 key = {"run_id": run_id, "slot": slot}

@@ -159,7 +159,9 @@ def insert_source(connection: sa.Connection, run_id: int, rank: int = 0, incarna
 def insert_rows(connection: sa.Connection, source_id: int, rows: list[dict[str, Any]]) -> None:
     connection.execute(schema.stats.insert(), rows)
     steps = [row["step"] for row in rows]
-    connection.execute(schema.coverage.insert().values(source_id=source_id, first_step=min(steps), rolled_step=0))
+    connection.execute(
+        schema.coverage.insert().values(source_id=source_id, first_step=min(steps), rolled_step=0, pruned_step=0)
+    )
     connection.execute(schema.source.update().where(schema.source.c.id == source_id).values(last_step=max(steps)))
 
 

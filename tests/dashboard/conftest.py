@@ -50,7 +50,9 @@ def record(engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEP
             recipe = {"incarnation": 1, "format": form, "recipe": "AmaxScaling()", "margin": 0}
             connection.execute(schema.slot_recipe.insert().values(**key, **recipe))
         if steps:
-            connection.execute(schema.coverage.insert().values(source_id=source_id, first_step=0, rolled_step=0))
+            connection.execute(
+                schema.coverage.insert().values(source_id=source_id, first_step=0, rolled_step=0, pruned_step=0)
+            )
     append(engine, source_id, 3 * len(layers), range(steps))
     return int(source_id)
 

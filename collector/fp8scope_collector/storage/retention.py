@@ -226,6 +226,9 @@ def _delete_steps(engine: sa.Engine, store: StatsStore, old: _Old) -> Iterator[i
             first = None if batch is None else batch["step"][0].as_py()
         below = old.below_step if first is None else min(first + stride, old.below_step)
         with engine.begin() as connection:
+            coverage = schema.coverage
+            here = sa.and_(coverage.c.source_id == old.source_id, coverage.c.pruned_step < below)
+            connection.execute(sa.update(coverage).where(here).values(pruned_step=below))
             deleted = store.prune(connection, old.source_id, below)
             for table in (schema.histogram, schema.extra):
                 connection.execute(sa.delete(table).where(table.c.source_id == old.source_id, table.c.step < below))

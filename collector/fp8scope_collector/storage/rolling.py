@@ -1,8 +1,9 @@
 """Keeps the rollups of the database equal to its raw rows: for the one thread that writes.
 
-What a commit brings is first merged in memory, and every few seconds written to the buckets of all levels, in a transaction
-that also moves `coverage.rolled_step`: rollups hold exactly the rows of a source's steps below it. So a crash costs
-nothing but work: rows at or above it are rolled up from the raw rows (`catch_up`), and readers read those raw meanwhile.
+What a commit brings is first merged in memory, and every few seconds written to the buckets of all levels, in a
+transaction that also moves `coverage.rolled_step`: rollups hold exactly the rows of a source's steps below it. So a
+crash costs nothing but work: rows above are rolled up from what is stored (`catch_up`), and readers read them raw
+meanwhile.
 
 A source is only merged in memory as long as it is simple: this writer committed all its newest batches, and each row
 came after the one before. Where that is not so (it moved between collectors, or went back and replaced rows) what is
@@ -15,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -165,9 +166,7 @@ class Rolling:
                 self._merge(key, source.rank, segments)
         self._behind |= change.behind
 
-    def catch_up(
-        self, connection: sa.Connection, lock: Callable[[Iterable[int]], Mapping[int, Locked]]
-    ) -> bool:
+    def catch_up(self, connection: sa.Connection, lock: Callable[[Iterable[int]], Mapping[int, Locked]]) -> bool:
         """Rolls up raw rows of one source that is behind, at most some; False when none was."""
         while self._behind:
             source_id = min(self._behind)
@@ -276,15 +275,28 @@ class Rolling:
             return full[name]
 
         for bucket, delta in sorted(deltas.items()):
-            lowest = bucket_of(LEVELS[0], bucket)
-            known = np.zeros(delta.slots, np.uint16)
-            known[: min(lowest.slots, delta.slots)] = lowest.steps[: delta.slots]
-            new_steps = np.bitwise_count(delta.steps & ~known)
-            lowest.merge(delta)
+            new_steps = np.bitwise_count(delta.steps & ~self._known_steps(connection, key, bucket, delta.slots))
+            bucket_of(LEVELS[0], bucket).merge(delta)
             step = bucket * LEVELS[0]
             for level in LEVELS[1:]:
                 bucket_of(level, step // level).merge(delta, step % level, new_steps)
         self._store_rollups(connection, full)
+
+    def _known_steps(self, connection: sa.Connection, key: Key, bucket: int, slots: int) -> npt.NDArray[np.uint16]:
+        """The steps that some part of a bucket of level 16 has, by slot, a bit for each."""
+        rollup = schema.rollup.c
+        query = sa.select(rollup.data).where(
+            rollup.run_id == key[0],
+            rollup.level == LEVELS[0],
+            rollup.name == "steps",
+            rollup.incarnation == key[1],
+            rollup.bucket == bucket,
+        )
+        known = np.zeros(slots, np.uint16)
+        for data in connection.scalars(query):
+            part = np.frombuffer(data, "<u2")[:slots]
+            known[: len(part)] |= part
+        return known
 
     def _remake(self, connection: sa.Connection, key: Key, buckets: Iterable[int]) -> None:
         """Makes buckets of level 16, and those above them, from raw rows anew, as this writer's only part."""
@@ -312,7 +324,7 @@ class Rolling:
                     _add(deltas, life.rank, segment)
             full[(*key, lowest, bucket)] = deltas[bucket]
         self._replace(connection, full)
-        for below, level in zip(LEVELS, LEVELS[1:], strict=False):
+        for below, level in pairwise(LEVELS):
             times = level // below
             above: dict[Bucket, Rollup] = {}
             for bucket in sorted({bucket * lowest // level for _, _, _, bucket in _of_level(full, lowest)}):
@@ -444,7 +456,8 @@ def _segments_of(batches: Iterable[pa.RecordBatch]) -> Iterator[_Segment]:
 
 def _numbers(column: pa.Array) -> npt.NDArray[Any]:
     """The values of a column; with nulls as NaN, counts that have some as float64."""
-    return column.to_numpy(zero_copy_only=False)
+    values: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return values
 
 
 def _of_level(full: Mapping[Bucket, Rollup], level: int) -> list[Bucket]:

@@ -1,9 +1,10 @@
 """What raw rows become when they are merged over ranks and over the steps of a bucket: arrays over slots.
 
-A bucket of level L holds the steps from L * bucket on, L of them, of all ranks of one incarnation. For each slot and each
-of `VALUES` it has the smallest and the largest value of any row, and for the first of them (`PLACED`) at which step and
-rank that was; sums; and how log2(amax) was distributed, in quarters of a power of two. Each array merges with the same of
-another bucket or of another writer, in any order: merging is all that ever happens, so a rollup equals its rows.
+A bucket of level L holds the steps from L * bucket on, L of them, of all ranks of one incarnation. For each slot and
+each of `VALUES` it has the smallest and the largest value of any row, and for the first of them (`PLACED`) at which
+step and rank that was; sums; and how log2(amax) was distributed, in quarters of a power of two. Each array merges with
+the same of another bucket or of another writer, in any order: merging is all that ever happens, so a rollup equals its
+rows.
 
 Values are float32: extremes are those of the rows, rounded to it (a float64 or a count loses digits there; amax and
 scales lose none). NaN: no row had it.
@@ -12,7 +13,7 @@ scales lose none). NaN: no row had it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ _NOWHERE = np.uint32(0xFFFFFFFF)
 _WHERE = np.uint32(20)  # place: steps into the bucket << 20 | rank
 
 Floats = npt.NDArray[np.float32]
-Columns = Mapping[str, npt.NDArray[np.generic]]
+Columns = Mapping[str, npt.NDArray[Any]]
 Array = npt.NDArray[Any]
 
 
@@ -42,9 +43,9 @@ def values_of(columns: Columns, rows: int) -> Floats:
     """`VALUES` of each row, float32 [len(VALUES), rows]; a field that is not in `columns` is NaN."""
     values = np.full((len(VALUES), rows), np.nan, np.float32)
     at = {name: values[index] for index, name in enumerate(VALUES)}
-    for name, column in columns.items():
-        at[name][:] = column
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for name, column in columns.items():
+            at[name][:] = column
         if "amax" in columns and "scale_max" in columns:
             peak = np.log2(at["amax"]) + np.log2(at["scale_max"])
             at["peak_exp2"][:] = np.where(np.isneginf(peak), np.nan, peak)
@@ -63,6 +64,8 @@ def values_of(columns: Columns, rows: int) -> Floats:
 
 class Rollup:
     """The arrays of one bucket; grows with the slots that it meets."""
+
+    NAMES: ClassVar[tuple[str, ...]]  # of the arrays, as they are stored
 
     def __init__(self, level: int, slots: int = 0) -> None:
         self.level = level
@@ -104,7 +107,9 @@ class Rollup:
         self._extend(where, values, values, place, place)
         for index, name in enumerate(COUNTS):
             if name in columns:
-                self.counts[index, where] += columns[name]
+                column = columns[name]
+                known = np.nan_to_num(column) if column.dtype.kind == "f" else column
+                self.counts[index, where] += known.astype(np.int64, copy=False)
         for index, name in enumerate(SUMS):
             if name in columns:
                 self.sums[index, where] += np.nan_to_num(columns[name], posinf=np.inf, neginf=-np.inf)
@@ -122,19 +127,17 @@ class Rollup:
     def merge(self, other: Rollup, shift: int = 0, new_steps: Array | None = None) -> None:
         """Adds what `other` holds, whose bucket begins `shift` steps into this one.
 
-        `new_steps` says how many of its steps are new here, by slot; without it, the two are parts of one bucket that
-        may have steps in common: of level 16 they are told apart, above that the larger count stands.
+        Above level 16 only a number of steps is known: `new_steps` says, by slot, how many of `other` no part of this
+        bucket has yet. Without it both are parts of one bucket, which were told that.
         """
         self._grow(other.slots)
         where = slice(0, other.slots)
         there = other.rows > 0
         self.rows[where] += other.rows
-        if new_steps is not None:
-            self.steps[where] += new_steps.astype(np.uint16)
-        elif self.level == LEVELS[0]:
+        if self.level == LEVELS[0]:
             self.steps[where] |= other.steps
         else:
-            self.steps[where] = np.maximum(self.steps[where], other.steps)
+            self.steps[where] += (other.steps if new_steps is None else new_steps).astype(np.uint16)
         move = np.uint16(shift)
         self.first[where] = np.where(there, np.minimum(self.first[where], other.first + move), self.first[where])
         self.last[where] = np.where(there, np.maximum(self.last[where], other.last + move), self.last[where])
@@ -182,7 +185,7 @@ class Rollup:
 
     def dump(self) -> dict[str, bytes]:
         """The arrays by name, without those that say nothing."""
-        stored = {"rows": self.rows, "steps": self.steps, "first": self.first, "last": self.last}
+        stored: dict[str, Array] = {"rows": self.rows, "steps": self.steps, "first": self.first, "last": self.last}
         for index, name in enumerate(VALUES):
             if not np.isnan(self.low[index]).all():
                 stored |= {f"{name}.low": self.low[index], f"{name}.high": self.high[index]}
@@ -210,11 +213,19 @@ class Rollup:
         """The array that is stored as `name`."""
         value, _, of = name.partition(".")
         if of == "sum":
-            return self.counts[COUNTS.index(value)] if value in COUNTS else self.sums[SUMS.index(value)]
+            sums: Array = self.counts[COUNTS.index(value)] if value in COUNTS else self.sums[SUMS.index(value)]
+            return sums
         array: Array = getattr(self, of or value)
-        return array[VALUES.index(value)] if of else array
+        row: Array = array[VALUES.index(value)] if of else array
+        return row
 
 
+Rollup.NAMES = (
+    *("rows", "steps", "first", "last", "amax.bins"),
+    *(f"{name}.{of}" for name in VALUES for of in ("low", "high")),
+    *(f"{name}.{of}" for name in PLACED for of in ("low_at", "high_at")),
+    *(f"{name}.sum" for name in (*COUNTS, *SUMS)),
+)
 _ARRAYS = ("rows", "steps", "first", "last", "low", "high", "low_at", "high_at", "counts", "sums")
 
 

@@ -119,6 +119,7 @@ coverage = sa.Table(
     sa.Column("source_id", sa.ForeignKey("source.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("first_step", sa.BigInteger, nullable=False, comment="smallest step committed, kept or pruned"),
     sa.Column("rolled_step", sa.BigInteger, nullable=False, comment="rollups hold exactly the rows of steps below"),
+    sa.Column("pruned_step", sa.BigInteger, nullable=False, comment="rows of steps below were pruned"),
     sqlite_with_rowid=False,
 )
 

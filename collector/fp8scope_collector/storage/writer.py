@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import secrets
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import schema, tokens
+from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
 from fp8scope_collector.storage.registry import Insert, register
+from fp8scope_collector.storage.rolling import Locked, Rolling
 from fp8scope_collector.storage.sql_stats import SqlStats
 from fp8scope_collector.storage.stats_store import StatsStore
+
+SILENT_NS = 15 * 10**9  # a source that was not heard of for so long is in no collector's memory
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class StatsWriter:
     def __init__(self, engine: sa.Engine, store: StatsStore | None = None) -> None:
         self._engine = engine
         self._store = store or SqlStats(engine.dialect.name)
-        self._insert: Insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._is_sqlite = engine.dialect.name == "sqlite"
+        self._insert: Insert = sqlite.insert if self._is_sqlite else postgresql.insert
+        self._rolling = Rolling(self._store, self._insert, part=0 if self._is_sqlite else secrets.randbits(62))
 
     def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
         """The source that `opening` describes, new or known; see `registry.register`."""
@@ -71,9 +78,11 @@ class StatsWriter:
 
     def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
         """Writes in one transaction what of the group is not in the database yet; it is durable on return."""
+        due = self._rolling.due()
         with self._engine.begin() as connection:
-            locked = connection.execute(self._lock({batch.source.id for batch in group})).all()
-            up_to_seq = {row.id: row.up_to_seq for row in locked}
+            sources = {batch.source.id for batch in group}
+            locked = self._lock(connection, sources | self._rolling.sources_of(due))
+            up_to_seq = {source_id: locked[source_id].up_to_seq for source_id in sources if source_id in locked}
             order = sorted(range(len(group)), key=lambda index: (group[index].source.id, group[index].seq))
             fresh = [False] * len(group)
             for index in order:
@@ -83,17 +92,34 @@ class StatsWriter:
                     fresh[index] = True
             written = [group[index] for index in order if fresh[index]]
             self._store.write(connection, written)
-            self._cover(connection, written, {row.id: row.first_step for row in locked})
+            self._cover(connection, written, locked)
             self._write_scalars(connection, written)
             self._write_drops(connection, ((batch.source.id, batch.drops) for batch in written))
             self._advance(connection, written, now_unix_ns)
+            change = self._rolling.change(connection, due, written, locked)
+        self._rolling.apply(change)
         return Committed(tuple(fresh), up_to_seq)
+
+    def roll_up(self) -> None:
+        """Writes what of the rollups is still in memory."""
+        if due := self._rolling.due(everything=True):
+            with self._engine.begin() as connection:
+                locked = self._lock(connection, self._rolling.sources_of(due))
+                change = self._rolling.change(connection, due, [], locked)
+            self._rolling.apply(change)
+
+    def catch_up(self, *, now_unix_ns: int) -> bool:
+        """Rolls up some of the rows that no collector has in memory any more; False when there are none."""
+        with self._engine.begin() as connection:  # SQLite has one collector: it knows what itself has in memory
+            silent_since = LAST_STEP if self._is_sqlite else now_unix_ns - SILENT_NS
+            self._rolling.look_behind(connection, silent_since_unix_ns=silent_since)
+            return self._rolling.catch_up(connection, lambda sources: self._lock(connection, sources))
 
     def touch(self, seen: Mapping[int, Seen]) -> None:
         """Records signs of life, by source id."""
         source = schema.source
         with self._engine.begin() as connection:
-            known = [row.id for row in connection.execute(self._lock(seen))]
+            known = list(self._lock(connection, seen))
             now = sa.bindparam("now", type_=sa.BigInteger)
             connection.execute(
                 sa.update(source)
@@ -112,27 +138,33 @@ class StatsWriter:
         with self._engine.begin() as connection:
             return recent_runs(connection, limit=limit), database_bytes(connection)
 
-    def _lock(self, source_ids: Iterable[int]) -> sa.Select[int, int, int]:
-        """Selects the sources' watermarks and locks their rows (SQLite has locked everything at BEGIN IMMEDIATE)."""
+    def _lock(self, connection: sa.Connection, source_ids: Iterable[int]) -> dict[int, Locked]:
+        """The sources' watermarks, their rows locked (SQLite has locked everything at BEGIN IMMEDIATE)."""
         source, coverage = schema.source, schema.coverage
-        return (
-            sa.select(source.c.id, source.c.up_to_seq, coverage.c.first_step)
+        query = (
+            sa.select(
+                source.c.id, source.c.up_to_seq, source.c.last_step, coverage.c.first_step, coverage.c.rolled_step
+            )
             .outerjoin_from(source, coverage, coverage.c.source_id == source.c.id)
             .where(source.c.id.in_(list(source_ids)))
             .order_by(source.c.id)
             .with_for_update(of=source)
         )
+        return {
+            row.id: Locked(row.up_to_seq, row.last_step, row.first_step, row.rolled_step or 0)
+            for row in connection.execute(query)
+        }
 
-    def _cover(self, connection: sa.Connection, written: Sequence[Batch], known: Mapping[int, int | None]) -> None:
+    def _cover(self, connection: sa.Connection, written: Sequence[Batch], locked: Mapping[int, Locked]) -> None:
         """Records the first step of sources that have one now, or an earlier one than before."""
         first: dict[int, int] = {}
         for batch in written:
             if batch.rows:
                 first[batch.source.id] = min(int(batch.step.min()), first.get(batch.source.id, 2**62))
         news = [
-            {"source_id": source_id, "first_step": step, "rolled_step": 0}
+            {"source_id": source_id, "first_step": step, "rolled_step": 0, "pruned_step": 0}
             for source_id, step in first.items()
-            if (before := known[source_id]) is None or step < before
+            if (before := locked[source_id].first_step) is None or step < before
         ]
         if news:
             insert = self._insert(schema.coverage)

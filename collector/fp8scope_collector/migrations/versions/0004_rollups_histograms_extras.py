@@ -19,13 +19,14 @@ def upgrade() -> None:
         sa.Column("source_id", _ID, nullable=False),
         sa.Column("first_step", sa.BigInteger, nullable=False, comment="smallest step committed, kept or pruned"),
         sa.Column("rolled_step", sa.BigInteger, nullable=False, comment="rollups hold exactly the rows of steps below"),
+        sa.Column("pruned_step", sa.BigInteger, nullable=False, comment="rows of steps below were pruned"),
         sa.PrimaryKeyConstraint("source_id", name="pk_coverage"),
         sa.ForeignKeyConstraint(["source_id"], ["source.id"], name="fk_coverage_source_id_source", ondelete="CASCADE"),
         sqlite_with_rowid=False,
     )
     op.execute(
-        "INSERT INTO coverage (source_id, first_step, rolled_step)"
-        " SELECT source.id, (SELECT min(step) FROM stats WHERE stats.source_id = source.id), 0 FROM source"
+        "INSERT INTO coverage (source_id, first_step, rolled_step, pruned_step)"
+        " SELECT source.id, (SELECT min(step) FROM stats WHERE stats.source_id = source.id), 0, 0 FROM source"
         " WHERE EXISTS (SELECT 1 FROM stats WHERE stats.source_id = source.id)"
     )
     op.create_table(

@@ -1,0 +1,265 @@
+"""Rollups are at every moment exactly the raw rows below `rolled_step`, whatever happened before."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from fp8core.records import FIELDS
+from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.storage import rolling, schema
+from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.rollups import COUNTS, LEVELS, PLACED, SUMS, VALUES, Rollup, place
+from fp8scope_collector.storage.writer import StatsWriter
+
+SLOTS = 5
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    engine = open_engine(database_url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rollups_are_the_raw_rows_whatever_happens(engine: sa.Engine, seed: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(rolling, "CATCH_UP_ROWS", 40)
+    rng = random.Random(seed)
+    writers = [StatsWriter(engine)]
+    sources = {(rank, life): add_source(engine, rank, life) for life in (1, 2) for rank in range(3)}
+    at = dict.fromkeys(sources, 0)
+    seq = Counter[tuple[int, int]]()
+    for _ in range(50):
+        what = rng.choice(["batches"] * 6 + ["flush", "catch up", "crash", "another collector"])
+        writer = rng.choice(writers)
+        if what == "batches":
+            group = []
+            for who in rng.choices(sorted(sources), k=rng.randrange(1, 5)):
+                at[who] += rng.choice([0, 1, 1, 1, 2, 9, 300]) if rng.random() < 0.9 else -min(at[who], 20)
+                seq[who] += 1
+                group.append(random_batch(rng, sources[who], seq[who], at[who]))
+            writer.commit(group, now_unix_ns=1)
+        elif what == "flush":
+            writer.roll_up()
+        elif what == "catch up":
+            writer.catch_up(now_unix_ns=2**62)
+        elif what == "crash":
+            writers[writers.index(writer)] = StatsWriter(engine)
+        elif engine.dialect.name == "postgresql" and len(writers) < 2:
+            writers.append(StatsWriter(engine))
+        if rng.random() < 0.3:
+            compare(engine)
+    for writer in writers:
+        writer.roll_up()
+        while writer.catch_up(now_unix_ns=2**62):
+            pass
+    compare(engine)
+    with engine.connect() as connection:
+        lagging = sa.select(sa.func.count()).select_from(schema.coverage).join(schema.source)
+        assert connection.scalar(lagging.where(schema.coverage.c.rolled_step <= schema.source.c.last_step)) == 0
+
+
+def test_a_crash_leaves_what_was_not_written_to_be_caught_up(engine: sa.Engine) -> None:
+    source = add_source(engine, 0, 1)
+    rng = random.Random(1)
+    crashed = StatsWriter(engine)
+    crashed.commit([random_batch(rng, source, 1, 7)], now_unix_ns=1)
+    crashed.roll_up()
+    crashed.commit([random_batch(rng, source, 2, 8)], now_unix_ns=1)
+
+    writer = StatsWriter(engine)
+    assert rolled_steps(engine) == [8]
+    assert writer.catch_up(now_unix_ns=2**62)
+    assert not writer.catch_up(now_unix_ns=2**62)
+
+    assert rolled_steps(engine) == [9]
+    compare(engine)
+
+
+def test_steady_batches_are_written_every_few_seconds_and_never_caught_up_with(
+    engine: sa.Engine, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(rolling, "FLUSH_ROWS", 3 * SLOTS)
+    sources = [add_source(engine, rank, 1) for rank in range(2)]
+    rng = random.Random(2)
+    writer = StatsWriter(engine)
+
+    for step in range(40):
+        writer.commit([random_batch(rng, s, step + 1, step, whole=True) for s in sources], now_unix_ns=1)
+        assert not writer.catch_up(now_unix_ns=2**62)
+        assert min(rolled_steps(engine)) >= step - 1
+
+    compare(engine)
+
+
+def test_pruned_rows_stay_in_the_rollups_even_when_late_rows_come(engine: sa.Engine) -> None:
+    source = add_source(engine, 0, 1)
+    rng = random.Random(3)
+    writer = StatsWriter(engine)
+    for step in range(32):
+        writer.commit([random_batch(rng, source, step + 1, step, whole=True)], now_unix_ns=1)
+    writer.roll_up()
+    before = stored(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.delete(schema.stats).where(schema.stats.c.step < 20))
+        connection.execute(sa.update(schema.coverage).values(pruned_step=20))
+
+    writer.commit([random_batch(rng, source, 33, 18, whole=True)], now_unix_ns=1)
+
+    after = stored(engine)
+    assert after[1, 16, 0].dump() == before[1, 16, 0].dump()
+    assert after[1, 16, 1].dump() == before[1, 16, 1].dump()
+
+
+def rolled_steps(engine: sa.Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.scalars(sa.select(schema.coverage.c.rolled_step)))
+
+
+def add_source(engine: sa.Engine, rank: int, incarnation: int) -> Source:
+    with engine.begin() as connection:
+        run_id = connection.scalar(sa.select(schema.run.c.id))
+        if run_id is None:
+            run = schema.run.insert().values(project="", name="run", created_unix_ns=1)
+            run_id = connection.execute(run).inserted_primary_key[0]
+        values = {
+            "run_id": run_id,
+            "rank": rank,
+            "incarnation": incarnation,
+            "world_size": 3,
+            "clock_skew_ns": 0,
+            "source_uuid": f"{rank}-{incarnation}",
+            "agent_version": "",
+            "environment_json": "{}",
+            **dict.fromkeys(("started_unix_ns", "first_seen_unix_ns", "last_seen_unix_ns"), 1),
+        }
+        source_id = connection.execute(schema.source.insert().values(**values)).inserted_primary_key[0]
+    ids = np.arange(SLOTS)
+    return Source(
+        id=source_id,
+        run_id=run_id,
+        run="run",
+        rank=rank,
+        incarnation=incarnation,
+        up_to_seq=0,
+        finished=False,
+        run_slot=ids[::-1] if rank == 2 else ids,
+        role=np.zeros(SLOTS, np.int8),
+        log2_max=np.full(SLOTS, 8.0),
+    )
+
+
+def random_batch(rng: random.Random, source: Source, seq: int, step: int, *, whole: bool = False) -> Batch:
+    """One or two steps, some of their slots, some columns absent, some values NaN or zero."""
+    keys = [(step + s, slot) for s in range(1 if whole else rng.choice([1, 1, 2])) for slot in range(SLOTS)]
+    if not whole:
+        keys = rng.sample(keys, rng.randrange(1, len(keys) + 1)) if rng.random() < 0.2 else keys
+        keys += rng.sample(keys, 1) if rng.random() < 0.1 else []
+        keys = keys if rng.random() < 0.8 else rng.sample(keys, len(keys))
+    columns: dict[str, Any] = {}
+    for field in FIELDS:
+        if field.dtype == "uint64":
+            values: list[float] = [rng.choice([0, 1, rng.randrange(1 << 40)]) for _ in keys]
+            columns[field.name] = np.array(values, np.int64)
+        else:
+            values = [rng.choice([0.0, math.nan, 2.0 ** rng.uniform(-20, 20), 1.0]) for _ in keys]
+            columns[field.name] = np.array(values, field.dtype)
+    for name in rng.sample(sorted(columns), rng.choice([0, 0, 3])):
+        del columns[name]
+    step_column, slot_column = (np.array(column, np.int64) for column in zip(*keys, strict=True))
+    return Batch(source=source, seq=seq, size_bytes=1, step=step_column, slot=slot_column, columns=columns)
+
+
+def stored(engine: sa.Engine) -> dict[tuple[int, int, int], Rollup]:
+    """Every bucket with its parts merged, by (incarnation, level, bucket)."""
+    arrays: dict[tuple[int, int, int, int], dict[str, bytes]] = {}
+    with engine.connect() as connection:
+        for row in connection.execute(sa.select(schema.rollup)):
+            key = (row.incarnation, row.level, row.bucket, row.part)
+            arrays.setdefault(key, {})[row.name] = row.data
+    merged: dict[tuple[int, int, int], Rollup] = {}
+    for (incarnation, level, bucket, _), part in sorted(arrays.items()):
+        merged.setdefault((incarnation, level, bucket), Rollup(level)).merge(Rollup.load(level, part))
+    return merged
+
+
+def compare(engine: sa.Engine) -> None:
+    """Every array of every bucket against plain Python over the raw rows."""
+    source, coverage, stats = schema.source.c, schema.coverage.c, schema.stats.c
+    query = (
+        sa.select(source.incarnation, source.rank, schema.stats)
+        .join_from(schema.stats, schema.source, source.id == stats.source_id)
+        .join(schema.coverage, coverage.source_id == source.id)
+        .where(stats.step < coverage.rolled_step)
+    )
+    with engine.connect() as connection:
+        rows = connection.execute(query).mappings().all()
+    expected: dict[tuple[int, int, int], dict[int, list[Any]]] = {}
+    for row, level in itertools.product(rows, LEVELS):
+        bucket = expected.setdefault((row["incarnation"], level, row["step"] // level), {})
+        bucket.setdefault(row["slot"], []).append(row)
+    got = stored(engine)
+    assert got.keys() == expected.keys()
+    for (incarnation, level, bucket), slots in expected.items():
+        rollup = got[incarnation, level, bucket]
+        where = f"incarnation {incarnation} level {level} bucket {bucket}"
+        assert np.flatnonzero(rollup.rows).tolist() == sorted(slots), where
+        for slot, own in slots.items():
+            compare_slot(rollup, slot, own, f"{where} slot {slot}")
+
+
+def compare_slot(rollup: Rollup, slot: int, rows: list[Any], where: str) -> None:
+    offsets = [row["step"] % rollup.level for row in rows]
+    assert rollup.rows[slot] == len(rows), where
+    assert (rollup.first[slot], rollup.last[slot]) == (min(offsets), max(offsets)), where
+    steps = int(rollup.steps[slot])
+    assert (steps.bit_count() if rollup.level == LEVELS[0] else steps) == len(set(offsets)), where
+    for index, name in enumerate(VALUES):
+        values = [
+            (np.float32(value_of(row, name)), offset, row["rank"]) for row, offset in zip(rows, offsets, strict=True)
+        ]
+        known = [value for value in values if not math.isnan(value[0])]
+        low, high = rollup.low[index, slot], rollup.high[index, slot]
+        if not known:
+            assert math.isnan(low), f"{where} {name}"
+            assert math.isnan(high), f"{where} {name}"
+            continue
+        lowest, highest = min(v for v, *_ in known), max(v for v, *_ in known)
+        np.testing.assert_allclose([low, high], [lowest, highest], rtol=3e-6, atol=1e-6, err_msg=f"{where} {name}")
+        if name in PLACED and name not in ("peak_exp2", "sqnr_db"):  # logarithms of others may differ in the last bit
+            for extreme, at in ((lowest, rollup.low_at), (highest, rollup.high_at)):
+                step, rank = place(at[index, slot])
+                expected = min((offset, rank) for value, offset, rank in known if value == extreme)
+                assert (int(step), int(rank)) == expected, f"{where} {name}"
+    for index, name in enumerate(COUNTS):
+        assert rollup.counts[index, slot] == sum(row[name] or 0 for row in rows), f"{where} {name}"
+    for index, name in enumerate(SUMS):
+        expected_sum = sum(row[name] or 0.0 for row in rows)
+        np.testing.assert_allclose(rollup.sums[index, slot], expected_sum, rtol=1e-6, err_msg=f"{where} {name}")
+    slots, octaves, counts = rollup.bins()
+    own = dict(zip(octaves[slots == slot].tolist(), counts[slots == slot].tolist(), strict=True))
+    assert own == Counter(math.floor(4 * math.log2(row["amax"])) / 4 for row in rows if row["amax"]), where
+
+
+def value_of(row: Any, name: str) -> float:
+    numel, amax, scale = row["numel"], row["amax"], row["scale_max"]
+    if name in row:
+        return math.nan if row[name] is None else float(row[name])
+    if name == "peak_exp2":
+        return math.log2(amax * scale) if amax and scale else math.nan
+    if name == "sqnr_db":
+        if not row["sum_sq"] or row["err_sq"] is None:
+            return math.nan
+        return -10 * math.log10(row["err_sq"] / row["sum_sq"]) if row["err_sq"] else math.inf
+    count = row[name.removesuffix("_ratio")]
+    return math.nan if count is None or not numel else count / numel
