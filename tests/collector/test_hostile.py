@@ -249,7 +249,7 @@ def test_streams_that_say_nothing_cost_little_end_and_disturb_nobody(
     start_collector: Start, connect: Connect, wire: Any, tmp_path: Path, count: int, capsys: Any, monkeypatch: Any
 ) -> None:
     url = f"sqlite:///{tmp_path}/test.db"
-    monkeypatch.setenv("OPEN_S", "2.5" if count < 500 else "20")
+    monkeypatch.setenv("OPEN_S", "2.5" if count < 500 else "10")
     collector = start_collector(url, program=IMPATIENT)
     good = connect(collector.grpc, wire.open("good"))
     seq = 0
@@ -278,18 +278,16 @@ def test_streams_that_say_nothing_cost_little_end_and_disturb_nobody(
 
     send_some()
     resident = [resident_mib(collector.process.pid)]
-    codes = [asyncio.run(be_silent()) for _ in range(2)]
+    rounds = 2 if count < 500 else 5
+    codes = [asyncio.run(be_silent()) for _ in range(rounds)]
     send_some()
     resident.append(resident_mib(collector.process.pid))
 
-    assert codes == [Counter({"DEADLINE_EXCEEDED": count})] * 2
+    assert codes == [Counter({"DEADLINE_EXCEEDED": count})] * rounds
     assert collector.metrics()[("fp8scope_open_streams",)] == 1
-    before, first, second, after = resident
     with capsys.disabled():
-        print(
-            f"\n{count} silent streams: {before:.0f} MiB before, {first:.0f} and {second:.0f} during, {after:.0f} after"
-        )
-    assert second - first < 10, "the second thousand reuses what the first took"
+        print(f"\n{count} silent streams, {rounds} times: {' '.join(f'{mib:.0f}' for mib in resident)} MiB")
+    assert resident[-2] - resident[-3] < 10, "each round reuses what those before took"
     assert "Traceback" not in collector.log.read_text()
 
 
@@ -399,7 +397,7 @@ def test_damaged_bytes_end_their_own_stream_with_a_sentence_and_nothing_else(
     """Half of the streams open well and go wrong then, half open wrongly; one stream beside them sends good batches."""
     url = f"sqlite:///{tmp_path}/test.db"
     collector = start_collector(url)
-    good = connect(collector.grpc, wire.open("good"))
+    good = connect(collector.grpc, wire.open("good"), timeout_s=1500)
     seq = 0
     whole = [
         pb.ClientMessage(open=wire.open("fuzz", tags=["a"], notes="b", config_json='{"c": 1}')),
