@@ -81,6 +81,27 @@ class Monitor:
             self._fail(error)
         self._step_cpu_s += time.thread_time() - began
 
+    def log(self, step: int | None = None, **scalars: float | torch.Tensor) -> None:
+        """Record scalars that are known only after their step, such as a validation loss: the newest one, or `step`.
+
+        It costs what `step` costs, and waits for nothing either.
+        """
+        if not self._live:
+            return
+        try:
+            number = max(self._step, 0) if step is None else operator.index(step)
+            if not 0 <= number <= _LARGEST_STEP:
+                raise ValueError(f"step is {step!r}; expected 0 to 2**53")
+            on_host, on_device = self._split(scalars)
+            frame = self._ring.take(number, plan=self._sampler.nothing, host_scalars=on_host, device_scalars=on_device)
+            if frame is None:
+                self._drops.add("ring_full", 1)
+            else:
+                self._ring.hand_over(frame)
+        except Exception as error:
+            self._drops.add("scalar_refused", len(scalars))
+            self._notices.warn("log", f"scalars could not be recorded: {type(error).__name__}: {error}")
+
     def snapshot(self) -> Snapshot:
         """The monitor's state now. Costs microseconds: it reads no file and waits for nothing."""
         drain = self._drain

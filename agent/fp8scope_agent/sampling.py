@@ -82,6 +82,7 @@ class Sampler:
             for rows in (False, True)
             for histograms in (False, True)
         }
+        self.nothing = self._rhythm[False, False]  # the plan of what is no step
         self._call = -1
         self._lock = threading.Lock()  # guards what follows; `next` reads `_wishes` without it
         self._wishes: tuple[_Wish, ...] = ()

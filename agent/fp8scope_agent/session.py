@@ -120,14 +120,21 @@ def _where(wanted: Callable[[str], bool], find: Finder) -> Finder:
 def _finders(shadow: Recipe | Shadow | None) -> list[Finder]:
     finders: list[Finder] = [native.find]
     if "torchao.float8.float8_linear" in sys.modules:  # else the model has none of its layers
-        from .adapters import torchao
-
-        finders.append(torchao.find)
+        finders.append(_torchao_finder())
     if shadow is not None:
         from .adapters import shadow as shadowing  # loads torch.distributed.tensor
 
         finders.append(shadowing.finder(shadow if isinstance(shadow, shadowing.Shadow) else shadowing.Shadow(shadow)))
     return finders
+
+
+def _torchao_finder() -> Finder:
+    try:
+        from .adapters import torchao
+    except ImportError as error:
+        why = f"this torchao is not one that the agent knows ({error})"
+        return lambda name, module: why if type(module).__name__ == "Float8Linear" else None
+    return torchao.find
 
 
 def _open_message(settings: configuration.Settings, tap: Tap) -> pb.Open:

@@ -1,4 +1,4 @@
-"""Where a setting comes from: an argument, else its variable FP8SCOPE_NAME, else a YAML file, else the default.
+"""Where a setting comes from: an argument, else its FP8SCOPE_* variable, else a YAML file, else the default.
 
 All three spell a setting alike. What they say is checked here, so that a sentence can name the place that it came from.
 """

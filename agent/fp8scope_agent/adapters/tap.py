@@ -101,7 +101,8 @@ def bind(model: nn.Module, finders: Sequence[Finder]) -> Tap:
     slots: list[SlotInfo] = []
     left_alone: dict[str, tuple[str, ...]] = {}
     for path, module in _unwrapped(model).named_modules():
-        name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        parts = [part for part in path.split(".") if part not in _WRAPPERS]
+        name = ".".join(parts) or type(module).__name__  # the model itself
         layer = next((layer for find in finders if (layer := find(name, module)) is not None), None)
         if layer is None:
             continue
