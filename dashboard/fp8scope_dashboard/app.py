@@ -5,9 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from fp8scope_dashboard.component import panel
-from fp8scope_dashboard.views import findings, run, runs, shell, signin, tensor
+from fp8scope_dashboard.views import findings, run, runs, scales, shell, signin, tensor
 
-VIEWS = {"findings": findings.view}
+VIEWS = {"scales": scales.view, "findings": findings.view}
 
 
 def page() -> None:

@@ -142,6 +142,7 @@ function tableCell(state, cell, to) {
     return td;
   }
   const main = element("div", cell.style || "");
+  if (cell.mark) main.append(roleMark(state, cell.mark));
   if (cell.dot) main.append(dot(state, cell.dot));
   if (cell.marks) {
     const marks = link(state, to, "", "fs-marks");
@@ -347,11 +348,12 @@ function listen(state) {
     const point = points[0];
     if (!point || (event && event.button)) return;
     const about = point.data.about || {};
-    const row = Array.isArray(point.pointIndex) ? point.pointIndex[0] : null;
+    const row = Array.isArray(point.pointIndex) ? point.pointIndex[0] : point.pointIndex;
     const target = about.slots ? about.slots[row] : about.slot;
     if (target === undefined) return;
+    const step = about.point ? -1 : Math.round(stepAt(point));  // not every chart has steps
     clearTimeout(state.clicking);  // the first half of a double click is not a click
-    state.clicking = setTimeout(() => state.send("click", { slot: target, step: Math.round(stepAt(point)), at: Date.now() }), 280);
+    state.clicking = setTimeout(() => state.send("click", { slot: target, step, at: Date.now() }), 280);
   });
   plot.on("plotly_relayout", (change) => {
     const [from, to] = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
@@ -381,7 +383,8 @@ const stepAt = (point) => (point.data.type === "heatmap" ? point.data.x[point.po
 function showTip(state, points, event) {
   const tip = state.tip;
   tip.replaceChildren();
-  const lines = points[0].data.type === "heatmap" ? cellLines(points[0]) : pointLines(points);
+  const about = points[0].data.about || {};
+  const lines = points[0].data.type === "heatmap" ? cellLines(points[0]) : about.point ? namedLines(points[0]) : pointLines(points);
   lines.forEach(([key, value], i) => {
     if (i) tip.append("\n");
     if (key === null) tip.append(element("b", "", value));
@@ -405,6 +408,12 @@ function cellLines(point) {
   lines.push([about.width > 1 ? "steps" : "step", steps]);
   for (const line of about.lines) lines.push([line.name, formatted(line.minus ? point.z : unfixed(about.values[row][column], about.per), line.format)]);
   return lines;
+}
+
+function namedLines(point) {
+  const about = point.data.about;
+  const [name, format] = about.value;
+  return [[null, about.names[point.pointIndex]], ...about.lines, [name, formatted(point.y, format)]];
 }
 
 function pointLines(points) {

@@ -64,6 +64,11 @@ def header(key: str, *, crumbs: Sequence[Mapping[str, Any]], **parts: Any) -> Ev
     return _mount(key, {"kind": "header", "crumbs": crumbs, **parts})
 
 
+def title(key: str, text: str, subtitle: str) -> None:
+    """A heading above a chart, and what it shows in small."""
+    _mount(key, {"kind": "table", "rows": [], "empty": "", "title": text, "subtitle": subtitle})
+
+
 def table(key: str, rows: Sequence[Mapping[str, Any]], *, empty: str, **parts: Any) -> Event | None:
     """Rows of cells; a row with `to` is a link."""
     return _mount(key, {"kind": "table", "rows": rows, "empty": empty, **parts})

@@ -71,7 +71,7 @@ def _controls(where: links.Where, run: RunSummary) -> None:
         roles = [*(role.value for role in Role), ALL]
         role = where.role.value if where.role else ALL
         shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == ALL else Role(r)))
-        _range(where, run)
+        shell.range_slider(where, run)
         shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=210)
         with st.popover("modules", type="tertiary"):
             _modules(where, queries.slots_of(run))
@@ -116,23 +116,6 @@ def _modules(where: links.Where, slots: Sequence[Slot]) -> None:
     shell.follow(panel.tree("modules", [every, *(node(module) for module in modules)]))
 
 
-def _range(where: links.Where, run: RunSummary) -> None:
-    """The range as a slider; its right end at the newest step follows the run."""
-    first, last = run.first_step or 0, run.last_step or 0
-    if last <= first:
-        return
-    start = min(max(first, where.first_step or first), last)
-    end = last if where.last_step is None else max(start, min(last, where.last_step))
-    key = f"range {first} {start} {where.last_step}"
-
-    def changed() -> None:
-        new_start, new_end = st.session_state[key]
-        first_step, last_step = new_start if new_start > first else None, new_end if new_end < last else None
-        shell.move(replace(where, first_step=first_step, last_step=last_step))
-
-    st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=230)
-
-
 def _body(where: links.Where, drawn_to: int) -> None:
     run = queries.run(where.run)
     if run is None or run.last_step is None or run.first_step is None:
@@ -147,8 +130,7 @@ def _body(where: links.Where, drawn_to: int) -> None:
     if not slots:
         st.info(f"No layer matches {shell.escaped(where.filter)}. A glob must match the whole name: blocks.1\\*.mlp\\*")
         return
-    last = run.last_step if where.last_step is None else min(run.last_step, where.last_step)
-    first = max(run.first_step, where.first_step or 0)
+    first, last = shell.steps_of(where, run)
     maps = _maps(where, run, first)
     heatmap = maps.get(where.quantity)
     if heatmap is None or not heatmap.low.shape[1]:

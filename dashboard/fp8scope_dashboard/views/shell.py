@@ -16,7 +16,7 @@ from fp8scope_dashboard.component import panel
 
 TICK_S = 2.0
 STATE_COLOR = {"running": "info", "stale": "warning", "finished": "muted", "failed": "critical"}
-RUN_VIEWS, GLOBAL_VIEWS = ("", "findings"), ("findings",)
+RUN_VIEWS, GLOBAL_VIEWS = ("", "scales", "findings"), ("findings",)
 HOW_TO_RECORD = (
     'Attach a training job: `fp8scope_agent.attach(model, run="my-run")`. It appears here with its first message.'
 )
@@ -169,6 +169,30 @@ def choose(
         label_visibility="collapsed",
         required=True,
     )
+
+
+def range_slider(where: links.Where, run: RunSummary) -> None:
+    """The range as a slider; its right end at the newest step follows the run."""
+    first, last = run.first_step or 0, run.last_step or 0
+    if last <= first:
+        return
+    start = min(max(first, where.first_step or first), last)
+    end = last if where.last_step is None else max(start, min(last, where.last_step))
+    key = f"range {first} {start} {where.last_step}"
+
+    def changed() -> None:
+        new_start, new_end = st.session_state[key]
+        first_step, last_step = new_start if new_start > first else None, new_end if new_end < last else None
+        move(replace(where, first_step=first_step, last_step=last_step))
+
+    st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=230)
+
+
+def steps_of(where: links.Where, run: RunSummary) -> tuple[int, int]:
+    """The first and last step that a view of this run shows."""
+    newest = run.last_step or 0
+    last = newest if where.last_step is None else min(newest, where.last_step)
+    return max(run.first_step or 0, where.first_step or 0), last
 
 
 def zoomed(where: links.Where, event: panel.Zoom, last_step: int) -> links.Where:
