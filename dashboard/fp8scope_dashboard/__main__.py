@@ -51,7 +51,7 @@ def main() -> NoReturn:
         listener = bind(host, port)
     except ValueError as error:
         sys.exit(f"fp8scope dashboard: {error}")
-    os.environ["FP8SCOPE_DB"] = arguments.db
+    os.environ["FP8SCOPE_DB"], os.environ["FP8SCOPE_LISTEN"] = arguments.db, arguments.listen
     asyncio.run(serve(listener, host))
     sys.stdout.flush()
     os._exit(0)  # a script thread may still wait for the database; nothing is left to be saved

@@ -5,9 +5,15 @@ from __future__ import annotations
 import streamlit as st
 
 from fp8scope_dashboard.component import panel
-from fp8scope_dashboard.views import findings, run, runs, scales, shell, signin, tensor
+from fp8scope_dashboard.views import compare, findings, run, runs, scales, settings, shell, signin, system, tensor
 
-VIEWS = {"scales": scales.view, "findings": findings.view}
+VIEWS = {
+    "scales": scales.view,
+    "compare": compare.view,
+    "findings": findings.view,
+    "system": system.view,
+    "settings": settings.view,
+}
 
 
 def page() -> None:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-logging.getLogger("streamlit.runtime.caching").setLevel(logging.ERROR)  # it warns of caches made before its runtime is
+logging.getLogger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)  # it warns of the early import
 from fp8scope_dashboard import download, login  # noqa: E402
 from fp8scope_dashboard.component import assets  # noqa: E402
 

@@ -16,7 +16,7 @@ from fp8core.records import Role, parse_role
 from fp8scope_collector.storage.reader import QUANTITIES, Quantity
 
 DEFAULT_QUANTITY: Quantity = "scale_exp2"
-VIEWS = ("scales", "findings")
+VIEWS = ("scales", "compare", "findings", "system", "settings")
 MOST_RUNS = 8
 
 

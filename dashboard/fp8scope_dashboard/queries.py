@@ -28,8 +28,11 @@ from fp8scope_collector.storage.reader import (
     Slot,
     StorageError,
     StoredFinding,
+    SystemState,
     Worst,
 )
+from fp8scope_dashboard.charts.compare import Divergence, aligned, divergence
+from fp8scope_dashboard.collector import Service, ask
 
 MAX_COLUMNS = 500
 MAX_POINTS = 750
@@ -38,6 +41,11 @@ TENSOR_FIELDS = (
     *("overflow", "underflow", "subnormal", "nonfinite", "sum_sq"),
     *("overflow_ratio", "underflow_ratio", "subnormal_ratio", "sqnr_db"),
 )
+
+_NONE = np.empty(0)
+_NO_STEP = _NONE.astype(np.int64)
+_NO_VALUES = dict.fromkeys(TENSOR_FIELDS, _NONE)
+NOTHING = Series(_NO_STEP, _NO_STEP, _NO_STEP, _NO_VALUES, _NO_VALUES)
 
 
 def database_url() -> str:
@@ -108,6 +116,89 @@ def series(_url: str, run_id: int, rows: int, slot: int, first_step: int, last_s
     return reader().series(
         run_id, slot, TENSOR_FIELDS, first_step=first_step, last_step=last_step, max_points=MAX_POINTS
     )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the database grew by a second, None before two looks at it; `over` says over which time."""
+
+    rows: float | None = None
+    bytes: float | None = None
+    over: str = "known after a few seconds"
+
+
+@dataclass
+class _Looks:
+    """Looks at the database's size of the last minute, by whoever looked."""
+
+    seen: list[tuple[float, int, int]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def rates(self, state: SystemState) -> Rates:
+        now = time.monotonic()
+        with self.lock:
+            if not self.seen or now - self.seen[-1][0] > 1:
+                self.seen.append((now, state.total_rows, state.database_bytes))
+            self.seen = [look for look in self.seen if now - look[0] < 65]
+            if len(self.seen) < 2:
+                return Rates()
+            (start, rows, size), (end, rows_now, size_now) = self.seen[0], self.seen[-1]
+        took = end - start
+        return Rates((rows_now - rows) / took, (size_now - size) / took, f"over {took:.0f} s")
+
+
+@st.cache_resource(show_spinner=False)
+def _looks(_url: str) -> _Looks:
+    return _Looks()
+
+
+@st.cache_data(ttl=1.5, max_entries=4, show_spinner=False)
+def _system(url: str) -> SystemState:
+    return _reader(url).system()
+
+
+def system() -> tuple[SystemState, Rates]:
+    """The database and its agents, and how fast it grows."""
+    state = _system(database_url())
+    return state, _looks(database_url()).rates(state)
+
+
+@st.cache_data(ttl=4.0, max_entries=2, show_spinner=False)
+def _service(_variable: str) -> Service:
+    return ask()
+
+
+def service() -> Service:
+    """What the collector says of itself, at most four seconds old."""
+    return _service(os.environ.get("FP8SCOPE_METRICS", ""))
+
+
+@st.cache_data(ttl=30.0, max_entries=64, show_spinner=False)
+def configuration(_url: str, run_id: int) -> dict[str, str]:
+    """What a run was started with."""
+    return reader().configuration(run_id)
+
+
+@st.cache_data(ttl=600.0, max_entries=200, show_spinner=False)
+def _divergence_within(url: str, one: int, other: int, quantity: Quantity, first: int, last: int) -> Divergence | None:
+    source = _reader(url)
+    maps = [
+        source.heatmap(run, quantity, first_step=first, last_step=last, max_columns=last - first + 1)
+        for run in (one, other)
+    ]
+    if not all(heatmap.low.shape[1] for heatmap in maps):
+        return None
+    return divergence(aligned(maps[0], source.slots(one), maps[1], source.slots(other)))
+
+
+def divergence_within(one: int, other: int, quantity: Quantity, first: int, last: int) -> Divergence | None:
+    """Where two runs begin to differ within these steps, as exactly as the rows say; None where that is not known."""
+    return _divergence_within(database_url(), one, other, quantity, first, last)
+
+
+def shown_database() -> str:
+    """The database's address without its password."""
+    return reader().url
 
 
 MOST_FINDINGS = 500

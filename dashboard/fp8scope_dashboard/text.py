@@ -36,6 +36,15 @@ def share(ratio: float) -> str:
     return f"{number(ratio * 1e6)} ppm" if ratio < 1e-4 else f"{number(ratio * 100)} %"
 
 
+def size(value: float) -> str:
+    """Bytes as kB, MB, GB: powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{number(value)} {unit}"
+        value /= 1000
+    return f"{number(value)} TB"
+
+
 def exp2(exponent: float) -> str:
     """2⁻⁹: a power of two; other powers with their exponent as a number."""
     if math.isnan(exponent):

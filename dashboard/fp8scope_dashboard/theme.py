@@ -15,6 +15,9 @@ from fp8core.records import Role
 Figure = dict[str, Any]
 ColorScale = list[tuple[float, str]]
 
+_RUNS: Final = [f"run{i}" for i in range(8)]  # of runs that are compared; the first is the others' measure
+RUN_COLORS: Final = [f"${name}" for name in _RUNS]
+
 PALETTES: Final[dict[str, dict[str, str]]] = {
     "light": {
         "text": "#1b1f24",
@@ -34,6 +37,13 @@ PALETTES: Final[dict[str, dict[str, str]]] = {
         "critical": "#D55E00",
         "warning": "#B27B00",
         "info": "#0072B2",
+        **dict(
+            zip(
+                _RUNS,
+                ["#1b1f24", "#009E73", "#C4569A", "#8A6D00", "#4FA3D8", "#7A5BC0", "#B0602B", "#8b949e"],
+                strict=True,
+            )
+        ),
     },
     "dark": {
         "text": "#dde3ea",
@@ -53,6 +63,13 @@ PALETTES: Final[dict[str, dict[str, str]]] = {
         "critical": "#F0743A",
         "warning": "#E6B422",
         "info": "#56B4E9",
+        **dict(
+            zip(
+                _RUNS,
+                ["#dde3ea", "#2FC79B", "#E08BC2", "#D9BE4A", "#7CC4EE", "#AE97E8", "#E09A66", "#7d8790"],
+                strict=True,
+            )
+        ),
     },
 }
 

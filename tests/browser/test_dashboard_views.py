@@ -95,6 +95,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
 def recording(database: sa.Engine) -> Recording:
     recording = Recording(database, "gpt")
     recording.grow(120)
+    Recording(database, "other").grow(30)
     Recording(database, HOSTILE).grow(12)
     return recording
 
@@ -169,12 +170,65 @@ def test_from_the_list_to_a_tensor_and_back(page: Page, server: str) -> None:
     assert 55 <= int(where["step"]) <= 65
     expect(page.locator(".fs-crumbs")).to_contain_text(where["layer"])
 
+    neighbour = page.locator(".fs-nav a").first
+    layer = (neighbour.text_content() or "").strip("‹› ")
+    neighbour.click()
+    expect(page.locator(".fs-crumbs")).to_contain_text(layer)
+    page.go_back()
+    expect(page.locator(".fs-crumbs")).to_contain_text(where["layer"])
     page.go_back()
     expect(page.locator(".fs-title", has_text="worst tensors")).to_be_visible()
     assert parameters(page) == {"run": "gpt"}
     page.go_back()
     expect(page.locator(".fs-row").first).to_be_visible()
     assert parameters(page) == {}
+
+
+def test_runs_that_are_ticked_are_compared_and_a_cell_shows_its_tensor_in_all(page: Page, server: str) -> None:
+    page.goto(server)
+    page.get_by_role("checkbox", name="compare gpt").click()
+    page.wait_for_url("**runs=gpt*")
+    page.get_by_role("checkbox", name="compare other").click()
+    page.get_by_role("link", name="compare 2 runs").click()
+    drawn(page)
+    page.wait_for_function("document.querySelectorAll('[data-version]').length >= 3")
+    assert parameters(page) == {"view": "compare", "runs": "gpt,other"}
+    expect(page.locator("tr.fs-here")).to_contain_text("nowhere")
+
+    box = page.locator(".fs-plot").nth(1).locator(".nsewdrag").nth(1).bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.9)
+    page.wait_for_url("**layer=*")
+    expect(page.locator(".fs-title", has_text=f"weight of {parameters(page)['layer']}")).to_be_visible()
+    page.go_back()
+    page.wait_for_url(lambda url: "layer" not in url)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("?view=scales&run=gpt", "over depth"), ("?view=system", "agents"), ("?view=findings", "findings")],
+)
+def test_every_view_has_an_address_that_opens_in_a_new_browser(
+    page: Page, server: str, address: str, words: str
+) -> None:
+    page.goto(f"{server}/{address}")
+
+    expect(page.locator(".fs-title", has_text=words).first).to_be_visible()
+    expect(page.locator(".fs-tabs [aria-current=page]")).to_contain_text(address.split("view=")[1].split("&")[0])
+
+
+def test_the_list_can_be_used_with_the_keyboard_alone(page: Page, server: str) -> None:
+    page.goto(server)
+    run = page.locator(".fs-row .fs-main a", has_text="other")
+    expect(run).to_be_visible()
+
+    run.focus()
+    page.wait_for_timeout(2500)  # the list is drawn anew beneath the focus
+    assert page.evaluate("document.activeElement.textContent") == "other"
+    page.keyboard.press("Enter")
+
+    page.wait_for_url("**run=other*")
+    drawn(page)
 
 
 def test_a_range_drawn_in_the_chart_is_in_the_address_and_a_double_click_takes_it_away(page: Page, server: str) -> None:

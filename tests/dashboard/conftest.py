@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,12 @@ HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:al
 STEPS = 40
 
 
-def record(engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEPS, project: str = "") -> int:
+def stored(engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEPS, project: str = "") -> int:
     """A run whose last layer's grad_output overflows from step 20 on, with a NaN loss and a null field; its id."""
     now = time.time_ns()
     with engine.begin() as connection:
         values: dict[str, Any] = {"project": project, "name": name, "created_unix_ns": now - 10**12}
+        values["config_json"] = json.dumps({"recipe": name, "lr": 0.001})
         run_id = connection.execute(schema.run.insert().values(**values)).inserted_primary_key[0]
         source = {
             "run_id": run_id,
@@ -90,9 +92,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = f"sqlite:///{tmp_path_factory.mktemp('dashboard') / 'runs.db'}"
     engine = open_engine(url)
     migrate(engine)
-    record(engine, "gpt", [f"blocks.{b}.{leaf}" for b in range(3) for leaf in ("attn.qkv", "mlp.fc1")])
-    record(engine, "empty", ["lm_head"], steps=0)
-    record(engine, HOSTILE, [HOSTILE, "blocks.0.<b>x</b>"], project="$text")
+    stored(engine, "gpt", [f"blocks.{b}.{leaf}" for b in range(3) for leaf in ("attn.qkv", "mlp.fc1")])
+    stored(engine, "empty", ["lm_head"], steps=0)
+    stored(engine, HOSTILE, [HOSTILE, "blocks.0.<b>x</b>"], project="$text")
     engine.dispose()
     return url
 
@@ -111,3 +113,37 @@ def open_app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AppTest]
     yield run
     st.cache_data.clear()
     st.cache_resource.clear()
+
+
+@pytest.fixture
+def record() -> Callable[..., int]:
+    """A function: a run in a database; the id of its source."""
+    return stored
+
+
+@pytest.fixture
+def change() -> Callable[..., None]:
+    """A function: gives a slot of a source another scale from a step on."""
+
+    def change(engine: sa.Engine, source_id: int, *, slot: int, first_step: int, scale: float) -> None:
+        rows = schema.stats.c
+        here = sa.and_(rows.source_id == source_id, rows.slot == slot, rows.step >= first_step)
+        with engine.begin() as connection:
+            connection.execute(schema.stats.update().where(here).values(scale_min=scale, scale_max=scale))
+
+    return change
+
+
+@pytest.fixture
+def find() -> Callable[..., None]:
+    """A function: stores an open finding."""
+
+    def find(engine: sa.Engine, run_id: int, *, slot: int, severity: str, rule: str = "overflow") -> None:
+        texts = dict.fromkeys(("says", "evidence", "cause", "remedy", "change"), "it clips")
+        numbers = dict.fromkeys(("first_step", "last_step", "first_row", "last_row", "rows", "worst_step"), 3)
+        times = {"opened_unix_ns": time.time_ns(), "updated_unix_ns": time.time_ns()}
+        values = {"run_id": run_id, "slot": slot, "severity": severity, "rule": rule, **texts, **numbers, **times}
+        with engine.begin() as connection:
+            connection.execute(schema.finding.insert().values(**values, ranks_json="[0]", numbers_json="{}"))
+
+    return find

@@ -12,7 +12,8 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from fp8scope_collector.storage.engine import migrate, open_engine
-from fp8scope_collector.storage.reader import QUANTITIES
+from fp8scope_collector.storage.reader import QUANTITIES, Reader, StorageError
+from fp8scope_dashboard import queries
 
 OpenApp = Callable[..., AppTest]
 HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:alert(1)) & "q" `c`'
@@ -153,3 +154,137 @@ def test_nonsense_in_the_address_still_opens_the_view(open_app: OpenApp, recorde
 
     assert not app.exception
     assert not app.error
+
+
+def test_scales_have_a_panel_for_each_role_and_a_line_for_each_layer(open_app: OpenApp, recorded: str) -> None:
+    app = open_app(recorded, run="gpt", view="scales")
+
+    assert not app.exception
+    depth, steps, layers, everything = [data for data in panels(app) if data["kind"] == "chart"]
+    assert [trace["about"]["names"] for trace in depth["figure"]["traces"][:2]] == [
+        [f"blocks.{block}.attn.qkv" for block in range(3)],
+        [f"blocks.{block}.mlp.fc1" for block in range(3)],
+    ]
+    assert len(steps["figure"]["traces"]) == 18  # 3 blocks x 2 types x 3 roles
+    assert sum(trace["type"] == "heatmap" for trace in layers["figure"]["traces"]) == 3
+    assert [trace["type"] for trace in everything["figure"]["traces"]] == ["bar"] * 3
+
+
+def test_compare_says_where_runs_begin_to_differ_and_what_they_were_told(
+    open_app: OpenApp, tmp_path: Path, record: Callable[..., int], change: Callable[..., None]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_engine(url)
+    migrate(engine)
+    layers = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    record(engine, "a", layers)
+    changed = record(engine, "b", layers)
+    change(engine, changed, slot=4, first_step=17, scale=2.0**20)
+    engine.dispose()
+
+    app = open_app(url, view="compare", runs="a,b")
+
+    assert not app.exception
+    runs, settings = [data for data in panels(app) if data["kind"] == "table" and data["rows"]]
+    begins = runs["rows"][1]["cells"][3]
+    assert begins["text"] == "step 17: blocks.1.mlp.fc1"
+    assert begins["sub"].startswith("weight, 2²⁰ against 2")
+    assert begins["to"]["step"] == "17"
+    assert settings["rows"][0]["cells"][0]["text"] == "recipe"
+    assert [cell["text"] for cell in settings["rows"][0]["cells"][1:]] == ["a", "b"]
+    facets = [t for data in panels(app) if data["kind"] == "chart" for t in data["figure"]["traces"] if "z" in t]
+    assert [trace["about"]["role"] for trace in facets] == ["input", "weight", "grad_output"]
+
+
+def test_one_run_to_compare_asks_for_others(open_app: OpenApp, recorded: str) -> None:
+    app = open_app(recorded, view="compare", runs="gpt,gone")
+
+    assert not app.exception
+    assert "gone" in app.warning[0].value
+    table = panel(app, "table")
+    assert table["title"] == "compare gpt with"
+    assert {"view": "compare", "runs": "gpt,empty"} in [row["to"] for row in table["rows"]]
+
+
+def test_findings_of_many_tensors_are_one_line_and_are_acknowledged_together(
+    open_app: OpenApp, tmp_path: Path, record: Callable[..., int], find: Callable[..., None]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_engine(url)
+    migrate(engine)
+    record(engine, "gpt", [f"blocks.{b}.fc" for b in range(5)])
+    for slot in range(0, 15, 3):
+        find(engine, 1, slot=slot, severity="critical")
+    find(engine, 1, slot=-1, severity="info", rule="loss-spike")
+    engine.dispose()
+
+    app = open_app(url, view="findings")
+
+    assert not app.exception
+    many, alone = panel(app, "findings")["entries"]
+    assert many["tensor"]["count"] == "5 layers"
+    assert [member["text"] for member in many["members"]] == [f"blocks.{b}.fc" for b in range(5)]
+    assert alone["tensor"] == {"layer": "the whole run"}
+    assert queries.acknowledge(many["ids"], by="ada", reason="known") == ""
+    assert queries.acknowledge([99], by="ada", reason="known").startswith("finding 99 is unknown")
+    seen = open_app(url, view="findings", show="acknowledged")
+    assert panel(seen, "findings")["entries"][0]["seen"]["by"] == "ada"
+    assert panel(open_app(url), "table")["rows"][0]["cells"][3]["marks"] == [{"dot": "info", "text": "1"}]
+    assert panel(open_app(url, run="gpt"), "findings")["entries"][0]["severity"] == "info"
+
+
+def test_system_shows_the_database_and_each_agent(open_app: OpenApp, recorded: str) -> None:
+    app = open_app(recorded, view="system")
+
+    assert not app.exception
+    agents = next(data for data in panels(app) if data.get("title") == "agents")
+    assert {row["cells"][0]["text"] for row in agents["rows"]} == {"gpt", "empty", f"$text/{HOSTILE}"}
+    database = next(data for data in panels(app) if data.get("title") == "database")
+    assert database["rows"][3]["cells"][1]["text"] == "sqlite"
+
+
+def test_settings_show_no_password(open_app: OpenApp, recorded: str) -> None:
+    app = open_app(recorded, view="settings")
+
+    assert not app.exception
+    facts = {row["cells"][0]["text"]: row["cells"][1]["text"] for row in panel(app, "table")["rows"]}
+    assert facts["database"] == recorded
+    assert Reader.url.fget is not None
+    with pytest.raises(StorageError) as refused:
+        Reader("postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("filter", "sort", "shown"),
+    [
+        ("", "run", ["$text", "empty", "gpt"]),
+        ("", "-run", ["gpt", "empty", "$text"]),
+        ("state:running gp", "", ["gpt"]),
+        ("tag:none", "", []),
+        ("", "rows", ["gpt", "$text", "empty"]),
+    ],
+)
+def test_runs_are_filtered_and_sorted(
+    open_app: OpenApp, recorded: str, filter: str, sort: str, shown: list[str]
+) -> None:
+    app = open_app(recorded, filter=filter, sort=sort)
+
+    assert not app.exception
+    names = [row["cells"][1]["text"].split("/")[0] for row in panel(app, "table")["rows"]]
+    assert names == shown
+
+
+def test_ticked_runs_can_be_compared(open_app: OpenApp, recorded: str) -> None:
+    one = panel(open_app(recorded, runs="gpt"), "table")
+    two = panel(open_app(recorded, runs="gpt,empty"), "table")
+
+    assert one["actions"][0]["text"] == "tick another run to compare"
+    assert two["actions"][0] == {"text": "compare 2 runs", "to": {"view": "compare", "runs": "gpt,empty"}, "main": True}
+
+
+def test_a_regular_expression_that_is_none_is_a_sentence(open_app: OpenApp, recorded: str) -> None:
+    app = open_app(recorded, run="gpt", filter="/(/")
+
+    assert not app.exception
+    assert "not a regular expression" in app.info[0].value

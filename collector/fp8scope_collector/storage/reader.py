@@ -58,9 +58,11 @@ from fp8scope_collector.storage.readmodels import (
     Slot,
     State,
     StoredFinding,
+    SystemState,
     Worst,
 )
 from fp8scope_collector.storage.stats_store import row_schema
+from fp8scope_collector.storage.system import read_configuration, read_system
 
 __all__ = [
     "QUANTITIES",
@@ -77,6 +79,7 @@ __all__ = [
     "State",
     "StorageError",
     "StoredFinding",
+    "SystemState",
     "Worst",
 ]
 
@@ -94,6 +97,11 @@ class Reader:
         self._engine = open_engine(url, read_only=True)
         self._store = open_stats(stats, self._engine)
         self._clock = clock
+
+    @property
+    def url(self) -> str:
+        """The database's address, as it may be shown: without a password."""
+        return display_url(self._engine.url)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -401,6 +409,16 @@ class Reader:
         """What diagnosis found, of one run or of all, from `severity` on: worst first, then the newest."""
         with self._connect() as connection:
             return read_findings(connection, run_id, open_only=open_only, severity=severity, limit=limit)
+
+    def system(self) -> SystemState:
+        """How large the database is, and what it knows of the agents."""
+        with self._connect() as connection:
+            return read_system(connection)
+
+    def configuration(self, run_id: int) -> dict[str, str]:
+        """What the run was started with, by name: its configuration and, as `environment.NAME`, where it runs."""
+        with self._connect() as connection:
+            return read_configuration(connection, run_id)
 
     def rows(self, run_id: int, *, batch_rows: int = 50_000) -> Iterator[pa.RecordBatch]:
         """Every stored row of all ranks and incarnations, in batches; memory does not grow with the run.

@@ -182,3 +182,36 @@ class StoredFinding:
     def tensor(self) -> str:
         """What it is about, in words."""
         return f"{self.role} of {self.layer}" if self.role else "the run"
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """One process life of one rank as the collector knows it; `environment` is what the agent said of its machine.
+
+    `clock_skew_s` is the agent's clock less the collector's when it connected. `drops` are rows by reason.
+    """
+
+    run: str
+    rank: int
+    incarnation: int
+    agent_version: str
+    environment: Mapping[str, str]
+    first_seen_unix_ns: int
+    last_seen_unix_ns: int
+    clock_skew_s: float
+    rows: int
+    last_step: int | None
+    outcome: str
+    drops: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class SystemState:
+    """The database (`engine`: sqlite or postgresql; its schema's version) and the newest of its sources."""
+
+    engine: str
+    version: str
+    database_bytes: int
+    total_sources: int
+    total_rows: int
+    sources: tuple[SourceState, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,14 +57,22 @@ class Shown:
     low: float
     high: float
     ticks: list[tuple[float, str]]
+    title: str = ""
+    per: int = 200  # the fixed-point unit that travels is 1/per
+    lines: list[dict[str, Any]] = field(default_factory=list)  # what the pointer says
 
 
 def overview(
-    heatmap: HeatMap, slots: Sequence[Slot], scalars: Sequence[Scalar], first_step: int, last_step: int
+    heatmap: HeatMap,
+    slots: Sequence[Slot],
+    scalars: Sequence[Scalar],
+    first_step: int,
+    last_step: int,
+    *,
+    shown: Shown | None = None,
 ) -> tuple[theme.Figure, int]:
-    """The figure and its height in px; `slots` are the rows to show, in model order."""
-    rows = np.searchsorted(heatmap.slots, [slot.slot for slot in slots])
-    shown = ready(heatmap, rows, slots)
+    """The figure and its height in px; `slots` are the rows to show, in model order, `shown` what to colour."""
+    shown = shown or _worded(heatmap, ready(heatmap, np.searchsorted(heatmap.slots, [s.slot for s in slots]), slots))
     roles = [role for role in Role if any(slot.role == role for slot in slots)]
     per_role = max(sum(slot.role == role for slot in slots) for role in roles)
     facet_px = float(
@@ -72,7 +80,7 @@ def overview(
     )
     row_px = facet_px / per_role
     axis, boundaries, left = layer_axis([slot for slot in slots if slot.role == roles[0]], row_px)
-    lines = list(_by_importance(scalars))[:MAX_SCALARS]
+    lines = list(by_importance(scalars))[:MAX_SCALARS]
     line_px = [84 if i == 0 else 40 for i in range(len(lines))]
     height = int(sum(line_px) + 24 * len(lines) + len(roles) * (facet_px + 26) + 44)
     stack = Stack(height, top=18, bottom=40)
@@ -114,7 +122,7 @@ def overview(
             "ticks": "",
         },
     }
-    layout["annotations"].append(theme.label(TITLES[heatmap.quantity], heat_top, x=1.0, xanchor="right"))
+    layout["annotations"].append(theme.label(shown.title, heat_top, x=1.0, xanchor="right"))
     return {"traces": traces, "layout": layout}, height
 
 
@@ -151,6 +159,17 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) 
     marks = np.unique(np.linspace(-size, size, 5).round())
     words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
     return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words)
+
+
+def _worded(heatmap: HeatMap, shown: Shown) -> Shown:
+    """With the words and the precision of its quantity."""
+    quantity: str = heatmap.quantity
+    name, form = WORDS.get(quantity, (quantity, "log10share"))
+    lines: list[dict[str, Any]] = [{"name": name, "format": form}]
+    if quantity == "scale_exp2":
+        lines.append({"name": "vs median", "format": "change", "minus": True})
+    per = 1000 if quantity in SHARES else 100 if quantity == "sqnr_db" else 200
+    return replace(shown, title=TITLES[quantity], per=per, lines=lines)
 
 
 def fixed(values: Matrix, per: int) -> npt.NDArray[np.int16]:
@@ -221,16 +240,10 @@ def _add_facet(
     axis: dict[str, Any],
     height_px: float,
 ) -> None:
-    quantity: str = heatmap.quantity
-    per = 1000 if quantity in SHARES else 100 if quantity == "sqnr_db" else 200
-    exact = fixed(shown.exact[rows], per)
-    z: dict[str, Any] = {"$fixed": exact, "per": per}
+    exact = fixed(shown.exact[rows], shown.per)
+    z: dict[str, Any] = {"$fixed": exact, "per": shown.per}
     if shown.reference is not None:  # the browser subtracts: one matrix travels, not two
         z["rows"] = shown.reference[rows, 0].tolist()
-    name, form = WORDS.get(quantity, (quantity, "log10share"))
-    lines: list[dict[str, Any]] = [{"name": name, "format": form}]
-    if quantity == "scale_exp2":
-        lines.append({"name": "vs median", "format": "change", "minus": True})
     role = slots[0].role
     kinds = sorted({(slot.format, slot.margin) for slot in slots})
     traces.append(
@@ -250,8 +263,8 @@ def _add_facet(
                 "role": role.value,
                 "width": heatmap.width,
                 "values": exact,
-                "per": per,
-                "lines": lines,
+                "per": shown.per,
+                "lines": shown.lines,
             },
         }
     )
@@ -308,7 +321,7 @@ def _hatch(color: str, height_px: float) -> str:
     return "data:image/svg+xml," + pattern.replace("#", "%23").replace("<", "%3C").replace(">", "%3E")
 
 
-def _by_importance(scalars: Sequence[Scalar]) -> list[Scalar]:
+def by_importance(scalars: Sequence[Scalar]) -> list[Scalar]:
     """loss first, then gradient norms, then the rest by name; constant ones last."""
 
     def rank(scalar: Scalar) -> tuple[bool, int, str]:

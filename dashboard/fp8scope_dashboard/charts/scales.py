@@ -106,7 +106,7 @@ def legend(found: Sequence[Place]) -> list[str]:
 
 
 def over_steps(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_step: int) -> tuple[theme.Figure, int]:
-    """The scale of every layer over steps, faceted by type and role; the first and last block stand out (Figs 7 to 9)."""
+    """The scale of every layer over steps, faceted by type and role; the first and last blocks stand out (Figs 7-9)."""
     kinds, roles = kinds_of(found), _roles(found)
     row, gap, top, bottom = 108, 14, 24, 40
     height = top + bottom + len(kinds) * row + (len(kinds) - 1) * gap
@@ -115,7 +115,7 @@ def over_steps(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_s
     layout = theme.layout(margin={"l": 52, "r": 8, "t": top, "b": bottom})
     layout["annotations"], layout["shapes"] = [], []
     deepest = max((place.depth for place in found), default=0)
-    x = heatmap.steps + (heatmap.width - 1) / 2
+    x: Matrix = heatmap.steps + np.float64((heatmap.width - 1) / 2)
     for i, role in enumerate(roles):
         left, right = _columns(i, len(roles))
         ticks = _scale_ticks(found, heatmap, role)

@@ -137,11 +137,24 @@ function tableCell(state, cell, to) {
     box.setAttribute("role", "checkbox");
     box.setAttribute("aria-checked", cell.check.on);
     box.setAttribute("aria-label", cell.check.label);
+    box.onclick = (event) => {  // not the link's target: it may be older than what was ticked a moment ago
+      event.preventDefault();
+      event.stopPropagation();
+      const on = box.getAttribute("aria-checked") !== "true";
+      box.setAttribute("aria-checked", on);
+      box.textContent = on ? "✓" : "";
+      state.send("tick", { name: cell.check.name, on, at: Date.now() });
+    };
     td.className = "fs-tick";
     td.append(box);
     return td;
   }
   const main = element("div", cell.style || "");
+  if (cell.swatch) {
+    const swatch = element("span", "fs-swatch");
+    swatch.style.setProperty("--fs-c", state.palette[cell.swatch]);
+    main.append(swatch);
+  }
   if (cell.mark) main.append(roleMark(state, cell.mark));
   if (cell.dot) main.append(dot(state, cell.dot));
   if (cell.marks) {

@@ -56,7 +56,15 @@ class Acknowledge:
     reason: str
 
 
-Event = Go | Click | Zoom | Acknowledge
+@dataclass(frozen=True)
+class Tick:
+    """A row of a table was ticked, or no longer is."""
+
+    name: str
+    on: bool
+
+
+Event = Go | Click | Zoom | Acknowledge | Tick
 
 
 def header(key: str, *, crumbs: Sequence[Mapping[str, Any]], **parts: Any) -> Event | None:
@@ -192,6 +200,7 @@ def _mount(key: str, data: dict[str, Any]) -> Event | None:
         on_click_change=_ignore,
         on_zoom_change=_ignore,
         on_acknowledge_change=_ignore,
+        on_tick_change=_ignore,
         on_resync_change=lambda: st.session_state.pop(f"sent {key}", None),
     )
     return next(_events(result), None)
@@ -208,6 +217,9 @@ def _events(result: Any) -> Iterator[Event]:
     match result.get("zoom"):
         case {"from": int() | None as first, "to": int() | None as last}:
             yield Zoom(first, last)
+    match result.get("tick"):
+        case {"name": str(name), "on": bool(on)}:
+            yield Tick(name, on)
     match result.get("acknowledge"):
         case {"findings": list(findings), "by": str(by), "reason": str(reason)}:
             yield Acknowledge(tuple(number for number in findings if type(number) is int), by, reason)

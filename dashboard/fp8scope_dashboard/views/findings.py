@@ -96,7 +96,7 @@ def _grouped(found: Sequence[StoredFinding], *, with_run: bool = False) -> list[
         entry = _entry(group[0], with_run=with_run)
         entry["members"] = [
             {"text": finding.layer, "to": _to(finding).params(), "title": f"{finding.evidence}, {_since(finding)}"}
-            for finding in group
+            for finding in sorted(group, key=lambda finding: finding.slot or 0)
         ]
         entry["tensor"]["count"] = f"{text.count(len(group))} layers"
         entry["evidence"] = f"{group[0].layer}: {group[0].evidence}"

@@ -67,7 +67,7 @@ def _wait_for_rows(ref: str) -> None:
 
 def _controls(where: links.Where, run: RunSummary) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        _quantity(where)
+        quantity_box(where)
         roles = [*(role.value for role in Role), ALL]
         role = where.role.value if where.role else ALL
         shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == ALL else Role(r)))
@@ -77,7 +77,8 @@ def _controls(where: links.Where, run: RunSummary) -> None:
             _modules(where, queries.slots_of(run))
 
 
-def _quantity(where: links.Where) -> None:
+def quantity_box(where: links.Where) -> None:
+    """A choice of what the heat map shows."""
     key = f"quantity {where.quantity}"
     options = [*QUANTITIES]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import streamlit as st
@@ -59,17 +60,12 @@ def _list() -> None:
     empty = "No runs yet. " + shell.HOW_TO_RECORD.replace("`", "")
     if runs:
         empty = f"No run matches {where.filter!r}. Words must occur in name or tags; state:running, tag:name narrow."
-    shell.follow(
-        panel.table(
-            "runs",
-            rows,
-            columns=_columns(where),
-            empty=empty,
-            title="runs",
-            subtitle=subtitle,
-            actions=_actions(where, runs),
-        )
-    )
+    columns, actions = _columns(where), _actions(where, runs)
+    event = panel.table("runs", rows, columns=columns, empty=empty, title="runs", subtitle=subtitle, actions=actions)
+    if isinstance(event, panel.Tick):
+        rest = tuple(ref for ref in where.runs if ref != event.name)
+        shell.go(replace(where, runs=(*rest, event.name)[-links.MOST_RUNS :] if event.on else rest))
+    shell.follow(event)
 
 
 def _columns(where: links.Where) -> list[dict[str, Any]]:
@@ -110,7 +106,7 @@ def _row(run: RunSummary, where: links.Where, findings: dict[str, int]) -> dict[
     return {
         "to": links.Where(run=run.ref).params(),
         "cells": [
-            {"check": {"on": ticked, "to": tick, "label": f"compare {run.ref}"}},
+            {"check": {"on": ticked, "to": tick, "name": run.ref, "label": f"compare {run.ref}"}},
             {"text": run.ref, "style": "fs-main", "sub": ", ".join(run.tags), "link": True},
             {"text": run.state, "dot": shell.STATE_COLOR[run.state], "sub": run.outcome_message},
             _findings(run, findings),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import streamlit as st
 
 from fp8core.records import Role
-from fp8scope_collector.storage.reader import RunSummary, Slot
+from fp8scope_collector.storage.reader import HeatMap, RunSummary, Slot
 from fp8scope_dashboard import links, names, queries, text
 from fp8scope_dashboard.charts import scales
 from fp8scope_dashboard.component import panel
@@ -58,7 +58,7 @@ def _body(where: links.Where) -> None:
 
 
 def _draw(
-    where: links.Where, run: RunSummary, heatmap: queries.HeatMap, found: list[scales.Place], first: int, last: int
+    where: links.Where, run: RunSummary, heatmap: HeatMap, found: list[scales.Place], first: int, last: int
 ) -> None:
     kinds = scales.kinds_of(found)
     omitted = len({place.kind for place in found}) - len(kinds)
@@ -70,7 +70,7 @@ def _draw(
     panel.title("depth", "over depth", f"most frequent scale of each layer, {steps}")
     figure, height = scales.over_depth(heatmap, found)
     event = panel.chart(
-        "depth chart", figure, height=height, clickable=True, note=["   ".join(scales.legend(found)), *more]
+        "depth chart", figure, height=height, clickable=True, note=["\u2003".join(scales.legend(found)), *more]
     )
     _follow(where, run, slots, event)
 

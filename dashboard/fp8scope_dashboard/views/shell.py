@@ -16,7 +16,7 @@ from fp8scope_dashboard.component import panel
 
 TICK_S = 2.0
 STATE_COLOR = {"running": "info", "stale": "warning", "finished": "muted", "failed": "critical"}
-RUN_VIEWS, GLOBAL_VIEWS = ("", "scales", "findings"), ("findings",)
+RUN_VIEWS, GLOBAL_VIEWS = ("", "scales", "findings"), ("findings", "system", "settings")
 HOW_TO_RECORD = (
     'Attach a training job: `fp8scope_agent.attach(model, run="my-run")`. It appears here with its first message.'
 )
@@ -132,6 +132,8 @@ def header(where: links.Where, run: RunSummary | None = None, *, nav: Sequence[M
         crumbs.append({"text": run.ref, "to": None if at_run else where.leave()})
         if where.layer:
             crumbs.append({"text": where.layer, "to": None})
+    if run is not None:
+        tabs.append(("compare", "compare", links.Where(view="compare", runs=(run.ref,)).params()))
     shown = []
     for name, view, to in tabs:
         count = sum(found.values()) if run is None else found.get(run.id, 0)
