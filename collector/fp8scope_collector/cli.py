@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import sqlalchemy as sa
-import structlog
 import typer
 
 from fp8scope_collector import token_cli, upkeep_cli
 from fp8scope_collector.config import ConfigError, parse_address, serve_config
+from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.options import AsJson, Database, Run, duration_s
 from fp8scope_collector.storage.acknowledge import AcknowledgeError
 from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
@@ -129,6 +129,28 @@ def serve(
             help="Delete raw rows of this age; rollups stay. Else nothing is deleted.",
         ),
     ] = None,
+    diagnosis: Annotated[
+        Literal["on", "off"],
+        typer.Option(envvar="FP8SCOPE_DIAGNOSIS", help="Whether runs are diagnosed while they go on."),
+    ] = "on",
+    notify: Annotated[
+        str,
+        typer.Option(
+            envvar="FP8SCOPE_NOTIFY", metavar="URL", help="A webhook that hears of findings (docs/alerts.md)."
+        ),
+    ] = "",
+    notify_form: Annotated[
+        Literal["json", "slack"],
+        typer.Option(envvar="FP8SCOPE_NOTIFY_FORM", help="What the webhook takes: our JSON, or Slack's."),
+    ] = "json",
+    notify_severity: Annotated[
+        Literal["info", "warning", "critical"],
+        typer.Option(envvar="FP8SCOPE_NOTIFY_SEVERITY", help="From which severity on."),
+    ] = "warning",
+    dashboard_url: Annotated[
+        str,
+        typer.Option(envvar="FP8SCOPE_DASHBOARD_URL", metavar="URL", help="Where people reach the dashboard."),
+    ] = "http://127.0.0.1:8501",
 ) -> None:
     """Run a collector: take what agents send and store it durably."""
     from fp8scope_collector.server import serve as run_server
@@ -144,8 +166,13 @@ def serve(
         insecure=insecure,
         insecure_metrics=insecure_metrics,
         retention_s=None if retention is None else duration_s("--retention", retention),
+        diagnosis=diagnosis == "on",
+        notify=notify,
+        notify_form=notify_form,
+        notify_severity=notify_severity,
+        dashboard_url=dashboard_url,
     )
-    _log_to_stderr()
+    log_to_stderr()
     asyncio.run(run_server(config, lambda line: print(line, flush=True)))
 
 
@@ -277,22 +304,6 @@ def dashboard(
     if login is not None:
         command += ["--login", str(login)]
     os.execv(sys.executable, command)
-
-
-def _log_to_stderr() -> None:
-    """One line an event: for people on a terminal, else JSON, in which no name can forge a line."""
-    renderer: structlog.types.Processor = structlog.processors.JSONRenderer()
-    if sys.stderr.isatty():
-        renderer = structlog.dev.ConsoleRenderer()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _print_table(found: list[RunSummary]) -> None:

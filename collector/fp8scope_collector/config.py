@@ -10,8 +10,12 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
+from fp8scope_collector.diagnosis.settings import Settings, Webhook
 from fp8scope_collector.limits import Limits
+
+DIAGNOSE_EVERY_S = 2.0
 
 
 class ConfigError(Exception):
@@ -50,6 +54,7 @@ class ServeConfig:
     tls: TlsFiles | None = None  # agents have to use TLS
     guard_metrics: bool = False  # /metrics too is for TLS and tokens only
     retention_s: int | None = None  # age at which raw rows are deleted
+    diagnosis: Settings | None = None  # None: runs are not diagnosed while they go on
     limits: Limits = field(default_factory=Limits)
 
 
@@ -65,6 +70,11 @@ def serve_config(
     insecure: bool = False,
     insecure_metrics: bool = False,
     retention_s: int | None = None,
+    diagnosis: bool = True,
+    notify: str = "",
+    notify_form: Literal["json", "slack"] = "json",
+    notify_severity: Literal["info", "warning", "critical"] = "warning",
+    dashboard_url: str = "",
 ) -> ServeConfig:
     """The checked settings. Agents need tokens where `auth` says so, or else where other machines can reach `grpc`.
 
@@ -100,7 +110,34 @@ def serve_config(
         tls=tls,
         guard_metrics=metrics_exposed,
         retention_s=retention_s,
+        diagnosis=Settings(
+            db=db,
+            stats=None,
+            every_s=DIAGNOSE_EVERY_S,
+            webhook=Webhook(
+                url=_web_address("--notify", notify),
+                form=notify_form,
+                severity=notify_severity,
+                dashboard=_web_address("--dashboard-url", dashboard_url).rstrip("/") if dashboard_url else "",
+            )
+            if notify
+            else None,
+        )
+        if diagnosis
+        else None,
     )
+
+
+def _web_address(option: str, text: str) -> str:
+    """The URL, of a kind that we can send to; what is wrong is said without it, as it may hold a secret."""
+    try:
+        parts = urlsplit(text)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ConfigError(f"{option} is no web address; expected https://HOST/PATH or http://HOST:PORT/PATH")
+    return text
 
 
 def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:

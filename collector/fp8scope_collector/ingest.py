@@ -22,7 +22,7 @@ import structlog
 from fp8scope_collector.decode import RefusedError
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Opening, Source
-from fp8scope_collector.metrics import MAX_RUNS, Metrics
+from fp8scope_collector.metrics import FINDINGS_PER_RUN, MAX_RUNS, Metrics
 from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
 
@@ -235,12 +235,14 @@ class Ingest:
                 if time.monotonic() > until or self._closing:
                     break
             runs, size = self._persist(lambda: self._writer.overview(MAX_RUNS))
+            findings = self._persist(lambda: self._writer.findings(FINDINGS_PER_RUN))
         except _HaltedError:
             raise
         except Exception:
             log.exception("housekeeping failed")
         else:
             self._metrics.observe_database(runs, size)
+            self._metrics.observe_findings(findings)
 
     def _persist(self, action: Callable[[], T]) -> T:
         """Repeats `action` until the database takes it, unless the fault is in what is written."""

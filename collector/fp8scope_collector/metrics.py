@@ -1,6 +1,7 @@
 """What Prometheus sees: counters of this process, and a few numbers for each of the runs seen last.
 
-docs/metrics.md is the catalogue. A run appears by its name, a layer never: the labels stay few whatever is trained.
+docs/metrics.md is the catalogue. A run appears by its name, a layer only while something is wrong with it, and of a run
+at most fifty: the labels stay few whatever is trained.
 Everything is kept in one `Metrics` behind one lock; a scrape copies it and formats the copy. Counters start at 0 with
 the process, as Prometheus expects; what is said of a run's progress comes from the database (`observe_database`).
 """
@@ -21,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from fp8core.records import Role
 from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.storage.findings import SEVERITIES, FindingsNow
 from fp8scope_collector.storage.overview import RunState
 
 MAX_RUNS = 50
@@ -28,6 +30,8 @@ ROLES = tuple(Role)
 COUNTED = ("numel", "overflow", "underflow", "nonfinite")  # fields that are summed for each role
 COMMIT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 DROP_REASONS = ("ring_full", "spool_full", "spool_error")  # shown from 0, before the first drop
+FINDINGS_PER_RUN = 50  # open ones that have a series of their own
+MAX_FINDINGS = 1000  # of all runs
 MAX_DROP_REASONS = 16  # of a run; agents name them, so the rest is one: "other"
 Outcome = Literal["committed", "duplicate", "refused"]
 
@@ -68,6 +72,7 @@ class Metrics(Collector):
         self._database_up = True
         self._database_bytes = 0
         self._runs: list[RunState] = []
+        self._findings: FindingsNow | None = None
         self._totals: OrderedDict[int, _RunTotals] = OrderedDict()  # by run id, least recently active first
 
     @property
@@ -133,10 +138,15 @@ class Metrics(Collector):
             self._runs = list(runs)
             self._database_bytes = database_bytes
 
+    def observe_findings(self, findings: FindingsNow) -> None:
+        """What diagnosis says is wrong now."""
+        with self._lock:
+            self._findings = findings
+
     def collect(self) -> Iterable[Metric]:
         """All metrics, as of now."""
         with self._lock:
-            return [*self._service(), *self._progress(), *self._elements(), *self._worst()]
+            return [*self._service(), *self._progress(), *self._elements(), *self._worst(), *self._open_findings()]
 
     def _totals_of(self, source: Source) -> _RunTotals:
         totals = self._totals.setdefault(source.run_id, _RunTotals(source.run))
@@ -195,6 +205,27 @@ class Metrics(Collector):
             for reason, rows in by_reason.items():
                 dropped.add_metric([state.run, reason], rows)
         return [step, seen, active, dropped]
+
+    def _open_findings(self) -> list[Metric]:
+        """A series for each open finding, with the same labels as long as it is open and no worse."""
+        labels = ["run", "rule", "severity", "layer", "role"]
+        finding = GaugeMetricFamily("fp8scope_finding", "1 while a finding of warning or worse is open", labels=labels)
+        count = GaugeMetricFamily("fp8scope_open_findings", "Open findings", labels=["run", "severity"])
+        looked = GaugeMetricFamily(
+            "fp8scope_diagnosis_last_look_timestamp_seconds", "When runs were looked at last; 0: never"
+        )
+        if self._findings is None:
+            return [finding, count, looked]
+        shown = {state.run for state in self._runs}
+        series = [each for each in self._findings.worst if each.run in shown]
+        for each in sorted(series, key=lambda each: each.severity != "critical")[:MAX_FINDINGS]:
+            finding.add_metric([each.run, each.rule, each.severity, each.layer, each.role], 1)
+        counts = {(run, severity): n for run, severity, n in self._findings.counts}
+        for state in self._runs:
+            for severity in SEVERITIES:
+                count.add_metric([state.run, severity], counts.get((state.run, severity), 0))
+        looked.add_metric([], self._findings.looked_unix_ns / 1e9)
+        return [finding, count, looked]
 
     def _elements(self) -> Sequence[Metric]:
         families = [

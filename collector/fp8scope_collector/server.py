@@ -30,6 +30,7 @@ from fp8scope_collector.decode import (
     decode_open,
     decode_stats,
 )
+from fp8scope_collector.diagnosis.companion import Companion
 from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest, Lane
 from fp8scope_collector.keeper import Keeper
@@ -73,6 +74,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         closing.callback(Keeper(engine, store, config.retention_s).close)
         ingest = Ingest(StatsWriter(engine, store), metrics, config.limits)
+        companion = None
         try:
             gate = _open_gate(config, ingest, closing)
             http = _listen_http(config, metrics, stop, gate, certificate)
@@ -86,13 +88,19 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 f"fp8scope collector: grpc {grpc_address}, metrics {http_address}/metrics, "
                 f"database {display_url(engine.url)}"
             )
-            log.info("serving", tls=certificate is not None, tokens=config.tokens)
+            log.info("serving", tls=certificate is not None, tokens=config.tokens, diagnosis=bool(config.diagnosis))
+            if config.diagnosis:
+                companion = Companion(config.diagnosis)
             await stop.wait()
             log.info("draining", streams=service.open_streams)
+            if companion:
+                companion.end()
             await serving.enter_graceful_shutdown()
             service.drain()
             await server.stop(grace=STREAMS_END_S)
         finally:
+            if companion:
+                await companion.close()
             if not await ingest.close(WRITER_ENDS_S):
                 log.warning("the database did not take everything; agents will send it again")
 

@@ -46,6 +46,7 @@ def engine(database_url: str, wire: Any) -> Iterator[sa.Engine]:
                     "worst": 0.5,
                     "worst_step": row["first_step"],
                     "numbers_json": json.dumps({"ratio": 0.5}),
+                    "note": "",
                     "says": "it clips",
                     "evidence": "50 %",
                     "cause": "a scale",

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fp8scope_collector.decode import decode_stats
+from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
-from fp8scope_collector.metrics import COMMIT_BUCKETS_S, MAX_RUNS, Metrics
+from fp8scope_collector.metrics import COMMIT_BUCKETS_S, FINDINGS_PER_RUN, MAX_RUNS, Metrics
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.findings import FindingsNow, OpenFinding
 from fp8scope_collector.storage.overview import RunState
+from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -198,6 +204,80 @@ def test_a_restart_keeps_what_is_said_of_runs(
     assert samples[("fp8scope_database_bytes",)] > 10_000
 
 
+def test_an_open_finding_has_one_series_and_is_counted(wire: Any) -> None:
+    samples = _samples(_busy(wire))
+
+    labels = ("layer=fc", "role=input", "rule=overflow", "run=run", "severity=critical")
+    assert [key for key in samples if key[0] == "fp8scope_finding"] == [("fp8scope_finding", *labels)]
+    counts = {key[2]: value for key, value in samples.items() if key[0] == "fp8scope_open_findings"}
+    assert counts == {"severity=info": 0, "severity=warning": 0, "severity=critical": 1}
+    assert samples[("fp8scope_diagnosis_last_look_timestamp_seconds",)] == 5
+
+
+def test_findings_of_very_many_tensors_leave_the_page_small(engine: sa.Engine, wire: Any) -> None:
+    """Ten runs of 512 ranks and 1,680 tensors, in each of which everything is wrong."""
+    writer = StatsWriter(engine)
+    slots = [
+        pb.Slot(slot=i, layer=f"layers.{i // 3}.mlp", role=[1, 2, 3][i % 3], format="E4M3FN", recipe="AmaxScaling()")
+        for i in range(1680)
+    ]
+    metrics = Metrics("0")
+    states = []
+    for number in range(10):
+        opening = decode_open(wire.open(f"run-{number}", slots=slots, world_size=512), Limits())
+        source = writer.register(opening, now_unix_ns=1)
+        states.append(RunState(source.run, 7, 1, True, {"ring_full": 1, "spool_full": 2}))
+        columns = wire.columns(1, slots=1680)
+        for rank in range(512):
+            of_rank = replace(source, rank=rank)
+            metrics.observe_source(of_rank)
+            if rank % 64 == 0:
+                metrics.observe_rows(decode_stats(wire.stats(1, columns), of_rank, Limits()))
+        rows = [
+            {"run_id": source.run_id, "slot": slot, "severity": severity, "opened_unix_ns": slot, "first_step": slot}
+            for slot, severity in zip(range(1000), ["warning"] * 960 + ["critical"] * 40, strict=True)
+        ]
+        with engine.begin() as connection:
+            connection.execute(sa.insert(schema.finding), [_FINDING | row for row in rows])
+    metrics.observe_database(states, 1)
+    metrics.observe_findings(writer.findings(FINDINGS_PER_RUN))
+
+    samples = _samples(metrics)
+
+    series = [dict(part.split("=", 1) for part in key[1:]) for key in samples if key[0] == "fp8scope_finding"]
+    print(f"{len(samples)} series")
+    assert len(samples) < 2000
+    assert len(series) == 10 * FINDINGS_PER_RUN
+    of_one = [each for each in series if each["run"] == "run-3"]
+    layers = {each["layer"] for each in of_one if each["severity"] == "warning"}
+    assert sum(each["severity"] == "critical" for each in of_one) == 40
+    assert layers <= {f"layers.{i // 3}.mlp" for i in range(10)}, "of those equally bad the oldest"
+
+
+_FINDING = {
+    "rule": "underflow",
+    "ranks_json": "[0]",
+    "last_step": 9,
+    "first_row": 0,
+    "last_row": 0,
+    "rows": 1,
+    "worst": 1.0,
+    "worst_step": 9,
+    "numbers_json": "{}",
+    "note": "",
+    "updated_unix_ns": 1,
+    **dict.fromkeys(("says", "evidence", "cause", "remedy", "change"), ""),
+}
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = open_engine(f"sqlite:///{tmp_path}/test.db")
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
 def _busy(wire: Any) -> Metrics:
     """Metrics of a collector that has seen everything once."""
     metrics = Metrics("0")
@@ -205,6 +285,8 @@ def _busy(wire: Any) -> Metrics:
     metrics.observe_rows(_batch(wire, wire.columns(1)))
     metrics.observe_commit(0.1)
     metrics.observe_database([RunState("run", 7, 1, True, {"ring_full": 1})], 1)
+    finding = OpenFinding("run", "overflow", "critical", "fc", "input")
+    metrics.observe_findings(FindingsNow((finding,), (("run", "critical", 1),), 5 * 10**9))
     return metrics
 
 

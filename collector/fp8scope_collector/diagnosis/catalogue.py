@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fp8scope_collector.diagnosis.finding import Rule
 from fp8scope_collector.diagnosis.rules import (
     amax_growth,
@@ -16,6 +18,7 @@ from fp8scope_collector.diagnosis.rules import (
     overflow,
     rank_missing,
     rows_missing,
+    run_silent,
     scale_clamped,
     scale_flapping,
     scale_frozen,
@@ -43,6 +46,9 @@ RULES: tuple[Rule, ...] = (
     scale_split.RULE,
     rank_missing.RULE,
     rows_missing.RULE,
+    run_silent.RULE,
     headroom_wasted.RULE,
     depth_outlier.RULE,
 )
+
+BY_NAME: Mapping[str, Rule] = {rule.name: rule for rule in RULES}

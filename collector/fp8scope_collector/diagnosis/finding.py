@@ -60,7 +60,8 @@ class Rule:
     """A rule: its name for ever, what it says to people, and the function that looks.
 
     `evidence` is a format string over `Finding.numbers`. `remedies` are by recipe, with "" for the others; they may
-    name {layer} and {role}.
+    name {layer} and {role}. `changes` are what can be written down of them as code, by recipe or by role; see
+    `diagnosis.changes`.
     """
 
     name: str
@@ -69,12 +70,23 @@ class Rule:
     remedies: Mapping[str, str]
     evidence: str
     check: Callable[[Window], Iterable[Finding]] = field(repr=False)
+    changes: Mapping[str, str] = field(default_factory=dict)
 
     def remedy(self, slot: Slot | None) -> str:
         """What to do about it for this tensor."""
         recipe = slot.recipe.partition("(")[0] if slot else ""
         text = self.remedies.get(recipe, self.remedies[""])
         return text.format(layer=slot.layer if slot else "", role=slot.role if slot else "")
+
+    def change(self, slot: Slot | None) -> str:
+        """The remedy as code for this tensor; empty where it cannot be written down."""
+        choices = (slot.recipe.partition("(")[0], str(slot.role), "") if slot else ("",)
+        text = next((self.changes[choice] for choice in choices if choice in self.changes), "")
+        return text.format(
+            layer=slot.layer if slot else "",
+            role=str(slot.role) if slot else "",
+            recipe=(slot.recipe if slot else "") or "AmaxScaling()",
+        )
 
 
 def findings(

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fp8scope_collector.diagnosis.catalogue import RULES
+from fp8scope_collector.diagnosis.catalogue import BY_NAME
 from fp8scope_collector.diagnosis.engine import Diagnosis
-from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity
+from fp8scope_collector.diagnosis.finding import Finding, Severity
 from fp8scope_collector.diagnosis.thresholds import SHOWN_PER_RULE
 from fp8scope_collector.storage.readmodels import RunSummary
 
 JSON_VERSION = 1
-_BY_NAME: dict[str, Rule] = {rule.name: rule for rule in RULES}
 
 
 def as_text(run: RunSummary, diagnosis: Diagnosis) -> Iterator[str]:
@@ -29,7 +28,7 @@ def as_text(run: RunSummary, diagnosis: Diagnosis) -> Iterator[str]:
         shown[finding.rule] += 1
         if shown[finding.rule] > SHOWN_PER_RULE:
             continue
-        rule, remedy = _BY_NAME[finding.rule], _BY_NAME[finding.rule].remedy(finding.slot)
+        rule, remedy = BY_NAME[finding.rule], BY_NAME[finding.rule].remedy(finding.slot)
         yield ""
         yield f"{finding.severity!s:8}  {_tensor(finding)}  {finding.rule}  {_when(finding, diagnosis)}"
         yield f"          {rule.says}: {evidence(finding)}"
@@ -38,6 +37,8 @@ def as_text(run: RunSummary, diagnosis: Diagnosis) -> Iterator[str]:
             explained.add((finding.rule, recipe))
             yield f"          cause:  {rule.cause}"
             yield f"          remedy: {remedy}"
+            if change := rule.change(finding.slot):
+                yield f"          change: {change}"
     more = {name: count - SHOWN_PER_RULE for name, count in shown.items() if count > SHOWN_PER_RULE}
     if more or diagnosis.omitted:
         rest = [f"{count} of {name}" for name, count in more.items()]
@@ -60,12 +61,12 @@ def as_json(run: RunSummary, diagnosis: Diagnosis) -> dict[str, Any]:
 
 def evidence(finding: Finding) -> str:
     """What was seen, in numbers."""
-    text = _BY_NAME[finding.rule].evidence.format(**finding.numbers)
+    text = BY_NAME[finding.rule].evidence.format(**finding.numbers)
     return f"{text}; {finding.note}" if finding.note else text
 
 
 def _finding(finding: Finding, diagnosis: Diagnosis) -> dict[str, Any]:
-    rule, slot = _BY_NAME[finding.rule], finding.slot
+    rule, slot = BY_NAME[finding.rule], finding.slot
     return {
         "severity": str(finding.severity),
         "rule": finding.rule,
@@ -83,6 +84,7 @@ def _finding(finding: Finding, diagnosis: Diagnosis) -> dict[str, Any]:
         "evidence": evidence(finding),
         "cause": rule.cause,
         "remedy": rule.remedy(slot),
+        "change": rule.change(slot),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # Episodes -----------------------------------------------------------------------------------------------------------
 GAP_ROWS = 16  # quiet rows that end an episode: a fault that comes back sooner is the same one
+DATED_BACK_ROWS = 16  # at most, from the row in which a rule is sure to the one in which it began
 SHOWN_PER_RULE = 8  # tensors of one rule in the command's text; --json has all
 MAX_FINDINGS = 1000  # of one run; the worst are kept and the others counted
 
@@ -58,3 +59,4 @@ MOVED_BITS = 2.0  # a tensor that moved before the loss did
 RANK_SILENT_ROWS = 8  # rows of other ranks
 SPLIT_BITS_INPUT = 2.0  # between the means of 16 rows of one rank and of the median rank
 SPLIT_BITS_GRAD = 4.0  # gradients of different data differ more
+SILENT_S = 300.0  # since a rank was heard last; outlasts a collector's restart and the agents' longest pause (10 s)

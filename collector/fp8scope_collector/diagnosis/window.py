@@ -45,7 +45,8 @@ class Window:
     """Rows of a run: `fields[name]` is float64 [ranks, steps, slots], `steps` and `slots` say what the axes are.
 
     `first_row` counts the recorded steps of the run before this window, `life_row` those before the process life that
-    the window is of. `scalars` has the window's steps and the context before them, each at its own steps.
+    the window is of, `incarnation`. `scalars` has the window's steps and the context before them, each at its own
+    steps. `silent_s` is how long nothing has been heard of the run, 0 where that is not known.
     """
 
     steps: Ints
@@ -56,6 +57,8 @@ class Window:
     first_row: int = 0
     life_row: int = 0
     fresh: int = 0
+    incarnation: int = 0
+    silent_s: float = 0.0
 
     def __getitem__(self, field: str) -> Floats:
         return self.fields[field]
@@ -125,11 +128,15 @@ def slide(pieces: Iterable[Window]) -> Iterator[Window]:
     """Consecutive pieces of a run, each with the context before it; a new process life begins without any."""
     before: Window | None = None
     for piece in pieces:
-        if before is None or before.life_row != piece.life_row or before.slots != piece.slots:
-            before = None
-        window = piece if before is None else _joined(before, piece)
-        before = window
-        yield window
+        before = follow(before, piece)
+        yield before
+
+
+def follow(before: Window | None, piece: Window) -> Window:
+    """A piece with the context that the window before it leaves; none where another process life begins."""
+    if before is None or before.life_row != piece.life_row or before.slots != piece.slots:
+        return piece
+    return _joined(before, piece)
 
 
 def cut(window: Window, rows: int) -> Iterator[Window]:
@@ -162,6 +169,30 @@ def _joined(before: Window, piece: Window) -> Window:
         first_row=piece.first_row - context,
         fresh=context,
     )
+
+
+def tail(window: Window) -> Window:
+    """What a window leaves as context, without the memory of the rest."""
+    first = max(0, window.steps.size - LOOKBACK)
+    return replace(
+        window,
+        steps=window.steps[first:].copy(),
+        fields={name: values[:, first:].copy() for name, values in window.fields.items()},
+        scalars={name: _between_last(series) for name, series in window.scalars.items()},
+        first_row=window.first_row + first,
+        fresh=window.steps.size - first,
+    )
+
+
+def with_ranks(window: Window, ranks: tuple[int, ...]) -> Window:
+    """The window with more ranks than it had: they have no rows in it."""
+    if ranks == window.ranks:
+        return window
+    fields = {}
+    for name, values in window.fields.items():
+        fields[name] = np.full((len(ranks), *values.shape[1:]), np.nan)
+        fields[name][[ranks.index(rank) for rank in window.ranks]] = values
+    return replace(window, ranks=ranks, fields=fields)
 
 
 def _appended(before: ScalarSeries | None, series: ScalarSeries | None) -> ScalarSeries:

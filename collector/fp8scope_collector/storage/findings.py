@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 import sqlalchemy as sa
@@ -15,6 +16,69 @@ from fp8scope_collector.storage.readmodels import Severity, StoredFinding
 
 WHOLE_RUN = -1  # finding.slot of what is about no tensor
 SEVERITIES: Sequence[Severity] = get_args(Severity)
+LEASE_S = 30.0  # of who diagnoses; renewed at each look
+DIAGNOSIS = "diagnosis"  # lease.task
+
+
+@dataclass(frozen=True)
+class OpenFinding:
+    """A finding that is open, as far as /metrics tells of it; layer and role are empty where it is of the run."""
+
+    run: str
+    rule: str
+    severity: Severity
+    layer: str
+    role: str
+
+
+@dataclass(frozen=True)
+class FindingsNow:
+    """Open findings of warning or worse, of each run the worst and of these the oldest; and all of them counted.
+
+    `counts` are by (run, severity). `looked_unix_ns` is when runs were looked at last, 0: never.
+    """
+
+    worst: tuple[OpenFinding, ...]
+    counts: tuple[tuple[str, Severity, int], ...]
+    looked_unix_ns: int
+
+
+def findings_now(connection: sa.Connection, *, per_run: int) -> FindingsNow:
+    """What is open now, at most `per_run` of a run by name."""
+    finding, slot, run = schema.finding.c, schema.slot, schema.run
+    place = (
+        sa.func.row_number()
+        .over(partition_by=finding.run_id, order_by=(_badness().desc(), finding.opened_unix_ns, finding.id))
+        .label("place")
+    )
+    ranked = (
+        sa.select(schema.finding, place)
+        .where(finding.closed_unix_ns.is_(None), finding.severity != SEVERITIES[0])
+        .subquery()
+    )
+    worst = (
+        sa.select(run.c.project, run.c.name, ranked.c.rule, ranked.c.severity, slot.c.layer, slot.c.role)
+        .join_from(ranked, run, run.c.id == ranked.c.run_id)
+        .outerjoin(slot, sa.and_(slot.c.run_id == ranked.c.run_id, slot.c.slot == ranked.c.slot))
+        .where(ranked.c.place <= per_run)
+        .order_by(ranked.c.run_id, ranked.c.place)
+    )
+    counts = (
+        sa.select(run.c.project, run.c.name, finding.severity, sa.func.count())
+        .join_from(schema.finding, run, run.c.id == finding.run_id)
+        .where(finding.closed_unix_ns.is_(None))
+        .group_by(run.c.project, run.c.name, finding.severity)
+    )
+    until = sa.select(schema.lease.c.until_unix_ns).where(schema.lease.c.task == DIAGNOSIS)
+    looked = connection.execute(until).scalar()
+    return FindingsNow(
+        tuple(
+            OpenFinding(run_label(row.project, row.name), row.rule, row.severity, row.layer or "", row.role or "")
+            for row in connection.execute(worst)
+        ),
+        tuple((run_label(project, name), severity, n) for project, name, severity, n in connection.execute(counts)),
+        looked - int(LEASE_S * 1e9) if looked else 0,
+    )
 
 
 def read_findings(
@@ -28,13 +92,12 @@ def read_findings(
 ) -> list[StoredFinding]:
     """Findings from `severity` on, worst first, then the newest; see `Reader.findings`."""
     finding, slot, run = schema.finding.c, schema.slot, schema.run
-    badness = sa.case({name: number for number, name in enumerate(SEVERITIES)}, value=finding.severity)
     query = (
         sa.select(schema.finding, slot.c.layer, slot.c.role, run.c.project, run.c.name)
         .join_from(schema.finding, run, run.c.id == finding.run_id)
         .outerjoin(slot, sa.and_(slot.c.run_id == finding.run_id, slot.c.slot == finding.slot))
         .where(finding.severity.in_(SEVERITIES[SEVERITIES.index(severity) :]))
-        .order_by(badness.desc(), finding.opened_unix_ns.desc(), finding.first_step, finding.id)
+        .order_by(_badness().desc(), finding.opened_unix_ns.desc(), finding.first_step, finding.id)
         .limit(limit)
     )
     if run_id is not None:
@@ -74,3 +137,7 @@ def read_findings(
         )
         for row in connection.execute(query)
     ]
+
+
+def _badness() -> sa.ColumnElement[int]:
+    return sa.case({name: number for number, name in enumerate(SEVERITIES)}, value=schema.finding.c.severity)

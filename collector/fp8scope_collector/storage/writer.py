@@ -23,6 +23,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import schema, tokens
+from fp8scope_collector.storage.findings import FindingsNow, findings_now
 from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
 from fp8scope_collector.storage.registry import Insert, register
@@ -137,6 +138,11 @@ class StatsWriter:
         """The runs seen last, and the size of the database in bytes."""
         with self._engine.begin() as connection:
             return recent_runs(connection, limit=limit), database_bytes(connection)
+
+    def findings(self, per_run: int) -> FindingsNow:
+        """What diagnosis has found and is open, at most `per_run` of a run by name."""
+        with self._engine.begin() as connection:
+            return findings_now(connection, per_run=per_run)
 
     def _lock(self, connection: sa.Connection, source_ids: Iterable[int]) -> dict[int, Locked]:
         """The sources' watermarks, their rows locked (SQLite has locked everything at BEGIN IMMEDIATE)."""

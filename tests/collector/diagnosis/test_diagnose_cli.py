@@ -13,9 +13,9 @@ import pytest
 
 import faults
 from fp8core import AmaxScaling, DelayedScaling
-from fp8core.records import FIELDS, Role
+from fp8core.records import Role
 from fp8scope_collector.cli import main
-from fp8scope_collector.decode import decode_open, decode_stats
+from fp8scope_collector.decode import decode_open
 from fp8scope_collector.diagnosis.engine import diagnose
 from fp8scope_collector.diagnosis.source import open_run
 from fp8scope_collector.diagnosis.window import Window
@@ -23,6 +23,7 @@ from fp8scope_collector.limits import Limits
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
+from recordings import Job
 
 LAYER = "blocks.1.mlp.fc1"
 ROLES = {Role.INPUT: pb.ROLE_INPUT, Role.WEIGHT: pb.ROLE_WEIGHT, Role.GRAD_OUTPUT: pb.ROLE_GRAD_OUTPUT}
@@ -36,38 +37,9 @@ def url(tmp_path: Path) -> str:
     return url
 
 
-def store(url: str, wire: Any, window: Window, *, name: str = "gpt", incarnation: int = 1, first: int = 0) -> None:
+def store(url: str, window: Window, *, incarnation: int = 1, first: int = 0) -> None:
     """Sends a recording's rows from step index `first` on through the collector's decoder and writer."""
-    writer = StatsWriter(open_engine(url))
-    catalogue = [
-        pb.Slot(
-            slot=slot.slot,
-            layer=slot.layer,
-            role=ROLES[slot.role],
-            format=slot.format,
-            recipe=slot.recipe,
-            margin=slot.margin,
-            module_class=slot.module_class,
-        )
-        for slot in window.slots
-    ]
-    for index, rank in enumerate(window.ranks):
-        opening = wire.open(name, slots=catalogue, rank=rank, incarnation=incarnation, world_size=len(window.ranks))
-        source = writer.register(decode_open(opening, Limits()), now_unix_ns=1)
-        steps, slots = np.nonzero(window.present[index, first:])
-        steps += first
-        columns = {"step": window.steps[steps].astype(np.uint64), "slot": slots.astype(np.uint32)}
-        for field in FIELDS:
-            if field.name in window.fields:
-                columns[field.name] = window[field.name][index, steps, slots].astype(field.dtype)
-        losses = window.scalars["loss"]
-        scalars = [
-            pb.Scalar(step=int(step), name="loss", value=value)
-            for step, value in zip(losses.steps, losses.values, strict=True)
-            if step >= window.steps[first] and rank == 0
-        ]
-        batch = decode_stats(wire.stats(1, columns, scalars=scalars), source, Limits())
-        writer.commit([batch], now_unix_ns=1)
+    Job(open_engine(url), window, incarnation=incarnation, now_unix_ns=1).send(first, now_unix_ns=1)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -79,9 +51,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     return int(ended.value.code or 0), said.out, said.err
 
 
-def test_a_stored_run_is_judged_as_its_recording(url: str, wire: Any) -> None:
+def test_a_stored_run_is_judged_as_its_recording(url: str) -> None:
     recording = faults.record(AmaxScaling(), faults.changed_weight_of_a_rank(6, LAYER), steps=12, ranks=2)
-    store(url, wire, recording)
+    store(url, recording)
 
     stored = open_run(url, "gpt")
 
@@ -93,10 +65,10 @@ def test_a_stored_run_is_judged_as_its_recording(url: str, wire: Any) -> None:
     assert "weights-diverged" in expected[0]
 
 
-def test_a_resumed_run_is_judged_by_each_life_s_recipe_and_own_steps(url: str, wire: Any) -> None:
+def test_a_resumed_run_is_judged_by_each_life_s_recipe_and_own_steps(url: str) -> None:
     healthy = faults.record(AmaxScaling(), steps=10)
-    store(url, wire, faults.record(AmaxScaling(), faults.nan_in_a_batch(8), steps=10))
-    store(url, wire, faults.record(DelayedScaling(), steps=14), incarnation=2, first=6)
+    store(url, faults.record(AmaxScaling(), faults.nan_in_a_batch(8), steps=10))
+    store(url, faults.record(DelayedScaling(), steps=14), incarnation=2, first=6)
 
     pieces = list(open_run(url, "gpt").pieces())
 
@@ -108,9 +80,9 @@ def test_a_resumed_run_is_judged_by_each_life_s_recipe_and_own_steps(url: str, w
 
 
 def test_text_names_tensor_steps_evidence_cause_and_remedy(
-    url: str, wire: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store(url, wire, faults.record(DelayedScaling(), faults.spike_in_one_step(6, LAYER), steps=12))
+    store(url, faults.record(DelayedScaling(), faults.spike_in_one_step(6, LAYER), steps=12))
 
     code, out, _ = call(monkeypatch, capsys, "diagnose", "gpt", "--db", url)
 
@@ -124,9 +96,9 @@ def test_text_names_tensor_steps_evidence_cause_and_remedy(
 
 
 def test_many_tensors_of_one_rule_are_counted_and_json_has_them_all(
-    url: str, wire: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store(url, wire, faults.record(AmaxScaling(), faults.nan_in_a_batch(2), steps=4))
+    store(url, faults.record(AmaxScaling(), faults.nan_in_a_batch(2), steps=4))
 
     _, text, _ = call(monkeypatch, capsys, "diagnose", "gpt", "--db", url)
     _, out, _ = call(monkeypatch, capsys, "diagnose", "gpt", "--db", url, "--json")
@@ -140,7 +112,7 @@ def test_many_tensors_of_one_rule_are_counted_and_json_has_them_all(
     assert text.count("cause:") == len({finding["rule"] for finding in found})
     page = (Path(__file__).parents[3] / "docs" / "diagnosis.md").read_text()
     assert set(found[0]) == set(re.findall(r"^\| `(\w+)` \|", page.split("## The JSON form")[1], re.MULTILINE)), "docs"
-    assert found[0] | {"numbers": {}, "evidence": "", "cause": "", "remedy": ""} == {
+    assert found[0] | {"numbers": {}, "evidence": "", "cause": "", "remedy": "", "change": ""} == {
         "severity": "critical",
         "rule": "nonfinite",
         "layer": "blocks.0.attn.qkv",
@@ -161,9 +133,9 @@ def test_many_tensors_of_one_rule_are_counted_and_json_has_them_all(
 
 
 def test_a_healthy_run_says_so_and_a_wrong_name_which_there_are(
-    url: str, wire: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store(url, wire, faults.record(AmaxScaling(), steps=4))
+    store(url, faults.record(AmaxScaling(), steps=4))
 
     assert call(monkeypatch, capsys, "diagnose", "gpt", "--db", url)[:2] == (
         0,

@@ -26,6 +26,9 @@ def section(rule: Rule) -> str:
     for recipe, text in rule.remedies.items():
         under = f" ({recipe})" if recipe else " (other recipes)" if len(rule.remedies) > 1 else ""
         lines += [bullet(f"Remedy{under}: {text.format(layer='LAYER', role='ROLE')}")]
+    for choice, text in rule.changes.items():
+        of = f" ({choice})" if choice else " (others)" if len(rule.changes) > 1 else ""
+        lines += [bullet(f"Change{of}: `{text.format(layer='LAYER', role='ROLE', recipe='RECIPE')}`")]
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.records import Role
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import before, largest, smallest
@@ -46,6 +47,7 @@ RULE = Rule(
         "Input: norm or clip before this layer, weight decay on the layer that makes the outlier, or this layer in "
         "bfloat16 by module_filter_fn=lambda module, name: name != '{layer}'.",
     },
+    changes={"weight": "for group in optimizer.param_groups: group['lr'] /= 10", "input": changes.BFLOAT16},
     evidence="amax grew by {bits:.1f} bits within {rows:.0f} rows, to {amax:.3g}",
     check=check,
 )

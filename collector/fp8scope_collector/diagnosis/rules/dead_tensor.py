@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.records import Role
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last
@@ -35,6 +36,7 @@ RULE = Rule(
         "": "A dead grad_output: what comes after {layer} does not use it. A dead input: what comes before gives "
         "nothing. If it is meant so, leave the layer out: module_filter_fn=lambda module, name: name != '{layer}'.",
     },
+    changes={"": changes.BFLOAT16},
     evidence="all {numel:.0f} elements are zero",
     check=check,
 )

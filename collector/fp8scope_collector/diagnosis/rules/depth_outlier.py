@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import mean
@@ -53,6 +54,7 @@ RULE = Rule(
         "convert_to_fp8(..., overrides=[Override('{layer}', role='{role}', recipe=AmaxScaling())]), or keep it in "
         "bfloat16.",
     },
+    changes={"ConstantScaling": changes.ITS_OWN_AMAX},
     evidence="{bits:+.1f} bits from the median of the layers between, scale 2^{scale_exp2:.1f}",
     check=check,
 )

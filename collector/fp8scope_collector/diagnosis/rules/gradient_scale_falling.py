@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.records import Role
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import before, mean, smallest
@@ -43,6 +44,7 @@ RULE = Rule(
         "(torch.nn.utils.clip_grad_norm_) or lower the learning rate before it reaches the layers below; check "
         "whether the data or the loss changed.",
     },
+    changes={"": changes.CLIP_GRADIENTS},
     evidence="gradients {bits:.1f} bits above their usual size, scale 2^{scale_exp2:.1f}",
     check=check,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8core.recipes import ConstantScaling, DelayedScaling
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last
@@ -36,6 +37,7 @@ RULE = Rule(
         "three bits.",
         "": "Shorten the history, DelayedScaling(history_len=16), or scale just in time, CurrentScaling().",
     },
+    changes={"ConstantScaling": changes.ITS_OWN_AMAX, "": changes.SHORT_HISTORY},
     evidence="{headroom:.1f} bits of headroom at scale 2^{scale_exp2:.1f}",
     check=check,
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.recipes import DelayedScaling
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import before, counted, smallest
@@ -42,6 +43,7 @@ RULE = Rule(
         "convert_to_fp8(..., overrides=[Override('{layer}', role='{role}', recipe=CurrentScaling())]). "
         "Look at the batch of the first step named here.",
     },
+    changes={"": changes.SHORT_HISTORY},
     evidence="{lost:.1f} bits of the format's range unused at worst",
     check=check,
 )

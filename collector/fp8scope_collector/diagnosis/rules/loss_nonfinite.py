@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.records import Role
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.loss import losses
 from fp8scope_collector.diagnosis.window import Window
@@ -47,6 +48,7 @@ RULE = Rule(
         "": "Start at the tensor named here. Without one the loss function or the layers outside FP8 made it: a "
         "logarithm of zero, an empty batch, float16.",
     },
+    changes={"": changes.SKIP_STEP},
     evidence="the loss is not a finite number",
     check=check,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.loss import losses
@@ -67,6 +68,7 @@ RULE = Rule(
         "": "Look at the tensors that moved before it. If none did, look at the batch; if gradients did, clip them; if "
         "weights did, lower the learning rate and resume from before the spike.",
     },
+    changes={"": changes.CLIP_GRADIENTS},
     evidence="loss {loss:.3f}, usually {usual:.3f}",
     check=check,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.window import Window
 
@@ -30,6 +31,7 @@ RULE = Rule(
         "that step; if a gradient, at the loss and the layers after it. Skip steps whose loss is not finite, and "
         "resume from a checkpoint before the first step named here.",
     },
+    changes={"": changes.SKIP_STEP},
     evidence="{count:.0f} elements not finite at worst ({ratio:.2%})",
     check=check,
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.recipes import AmaxScaling, ConstantScaling, CurrentScaling
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last, counted
@@ -50,6 +51,7 @@ RULE = Rule(
         "": "Look for a cast that uses another tensor's scale, or for a clamp that binds (AmaxScaling(clamp=126) is "
         "the widest).",
     },
+    changes={"ConstantScaling": changes.ITS_OWN_AMAX, "DelayedScaling": changes.ITS_OWN_CURRENT},
     evidence="{ratio:.2%} of the elements clipped at worst, headroom {headroom:+.1f} bits",
     check=check,
 )

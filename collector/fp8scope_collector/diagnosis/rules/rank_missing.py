@@ -29,6 +29,7 @@ RULE = Rule(
         "": "Look at that rank's log. `fp8scope-agent status` on its machine says what waits there, `fp8scope-agent "
         "sync` sends it.",
     },
+    changes={"": "fp8scope-agent status"},
     evidence="no row for at least 8 steps that others have",
     check=check,
 )

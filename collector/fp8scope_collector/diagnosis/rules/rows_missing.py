@@ -52,6 +52,7 @@ RULE = Rule(
         "": "`fp8scope runs` says how many rows the agent dropped; record fewer steps with attach(..., every=10), or "
         "allow a larger spool. A module that is used in some steps only needs nothing.",
     },
+    changes={"": "attach(model, run=run, every=10)"},
     evidence="{missing:.0f} missing in a row at worst",
     check=check,
 )

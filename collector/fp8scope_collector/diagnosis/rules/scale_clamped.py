@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.recipes import MAX_SCALE_EXP2, AmaxScaling, CurrentScaling, DelayedScaling
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last
 from fp8scope_collector.diagnosis.window import Window
@@ -40,6 +41,7 @@ RULE = Rule(
         "already, the tensor itself has gone wrong: see where it began to move.",
         "": "The scale is at float32's limit: the tensor itself has gone wrong. See where it began to move.",
     },
+    changes={"AmaxScaling": changes.its_own("recipe=AmaxScaling(clamp=126)")},
     evidence="scale 2^{scale_exp2:.0f}, {missing:+.1f} bits from what the recipe would leave",
     check=check,
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.records import Role
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import before, counted
@@ -38,6 +39,7 @@ RULE = Rule(
         "": "Find the outlier's channel in this layer's {role}; batches that alternate belong mixed. If it belongs "
         "there, keep the layer in bfloat16 by module_filter_fn=lambda module, name: name != '{layer}'.",
     },
+    changes={"": changes.BFLOAT16},
     evidence="{moves:.0f} moves within 16 rows, up to {bits:.1f} bits",
     check=check,
 )

@@ -8,6 +8,7 @@ import numpy as np
 
 from fp8core.recipes import AmaxScaling, CurrentScaling, DelayedScaling
 from fp8core.records import Role
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last, before, largest
@@ -86,6 +87,7 @@ RULE = Rule(
         "convert_to_fp8(..., overrides=[Override('{layer}', role='{role}', recipe=CurrentScaling())]).",
         "": "Just-in-time scaling has no state: the recorded scale is not of this tensor. Check what writes this slot.",
     },
+    changes={"DelayedScaling": changes.ITS_OWN_CURRENT},
     evidence="scale 2^{scale_exp2:.1f} unchanged, headroom {headroom:+.1f} bits",
     check=check,
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8core.recipes import DelayedScaling
+from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last
@@ -45,6 +46,11 @@ RULE = Rule(
         "convert_to_fp8(..., overrides=[Override('{layer}', role='{role}', recipe=CurrentScaling())]).",
         "": "Give this tensor the wider format: convert_to_fp8(..., overrides=[Override('{layer}', role='{role}', "
         "fmt=E5M2)]), and look for the outlier that sets its amax.",
+    },
+    changes={
+        "ConstantScaling": changes.ITS_OWN_AMAX,
+        "DelayedScaling": changes.ITS_OWN_CURRENT,
+        "": changes.its_own("fmt=E5M2"),
     },
     evidence="{ratio:.1%} of the non-zero elements lost at worst, headroom {headroom:+.1f} bits",
     check=check,

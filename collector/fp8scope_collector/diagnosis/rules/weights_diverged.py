@@ -45,6 +45,7 @@ RULE = Rule(
         "": "Stop, and resume all ranks from one checkpoint before this step. Check that every parameter is in the "
         "reduction and that a step is skipped by all ranks or none.",
     },
+    changes={"": "for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, src=0)"},
     evidence="amax from {low:.6g} to {high:.6g} over ranks",
     check=check,
 )

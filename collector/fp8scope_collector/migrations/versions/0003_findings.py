@@ -27,6 +27,7 @@ def upgrade() -> None:
         sa.Column("worst", sa.Double, nullable=True, comment="how bad it was, in a unit of the rule's own"),
         sa.Column("worst_step", sa.BigInteger, nullable=False),
         sa.Column("numbers_json", sa.Text, nullable=False, comment="JSON object: evidence at worst_step"),
+        sa.Column("note", sa.Text, nullable=False, comment="what the rule says of worst_step, in words"),
         sa.Column("says", sa.Text, nullable=False, comment="what is wrong, in words"),
         sa.Column("evidence", sa.Text, nullable=False, comment="what was seen, in numbers"),
         sa.Column("cause", sa.Text, nullable=False, comment="what usually causes it"),

@@ -1,0 +1,80 @@
+"""The process that diagnoses, beside the collector that started it: `python -m fp8scope_collector.diagnosis.worker`.
+
+It reads one line of settings from standard input and looks at all runs every few seconds until standard input ends,
+which it does when the collector does, however that happens. A process of its own, and nice: it reads what the collector
+has committed, so it slows no commit, and whatever goes wrong in here stops neither ingest nor training (docs/adr/0063).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import sqlalchemy as sa
+import structlog
+
+from fp8scope_collector.diagnosis.live import Lease, Watcher
+from fp8scope_collector.diagnosis.notify import Notifier
+from fp8scope_collector.diagnosis.settings import Settings
+from fp8scope_collector.logs import log_to_stderr
+from fp8scope_collector.storage.engine import StorageError
+
+NICE = 10
+log = structlog.get_logger()
+
+
+def work(settings: Settings, stop: threading.Event) -> None:
+    """Looks at all runs every `every_s` seconds until `stop`, as long as no other collector does.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    watcher = Watcher(settings.db, settings.stats)
+    lease = Lease(settings.db, f"{socket.gethostname()}-{os.getpid()}")
+    notifier = Notifier(settings.webhook) if settings.webhook else None
+    try:
+        while not stop.is_set():
+            started = time.monotonic()
+            more = False
+            try:
+                if lease.hold():
+                    news, more = watcher.look(lambda: not stop.is_set() and lease.hold())
+                    if notifier:
+                        notifier.tell(news)
+            except sa.exc.DBAPIError as error:
+                log.warning("diagnosis waits for the database", error=" ".join(str(error.orig).split()))
+            used_s = time.monotonic() - started
+            stop.wait(min(used_s, 1.0) if more else max(settings.every_s - used_s, used_s / 4))
+    finally:
+        lease.release()
+        if notifier:
+            notifier.close()
+        watcher.close()
+
+
+def main() -> None:
+    """Runs the process."""
+    log_to_stderr()
+    os.nice(NICE)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the collector's, which ends standard input then
+    settings = Settings.from_line(sys.stdin.buffer.readline())
+    stop = threading.Event()
+
+    def wait_for_the_collector() -> None:
+        sys.stdin.buffer.read()
+        stop.set()
+
+    threading.Thread(target=wait_for_the_collector, daemon=True).start()
+    try:
+        work(settings, stop)
+    except StorageError as error:
+        log.error("diagnosis cannot use the database", error=str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
