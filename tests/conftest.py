@@ -72,7 +72,7 @@ def _free_port() -> int:
         return port
 
 
-@dataclass(frozen=True)
+@dataclass
 class PostgresServer:
     """A PostgreSQL that listens on the loopback; its superuser is `postgres`."""
 
@@ -80,6 +80,18 @@ class PostgresServer:
     password: str
     process: subprocess.Popen[bytes]
     folder: Path  # of its Unix socket
+    launch: Callable[[], subprocess.Popen[bytes]]
+
+    def stop(self) -> None:
+        """Stops at once, as a crash would: what was under way is lost, what was committed is not."""
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(30)
+
+    def start(self) -> None:
+        """Starts it again where it was stopped; returns when it answers."""
+        if self.process.poll() is not None:
+            self.process = self.launch()
+            assert _answers(self, timeout_s=30), "PostgreSQL does not start again"
 
     def url(self, database: str = "postgres") -> str:
         """SQLAlchemy's address of `database`."""
@@ -113,7 +125,7 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
     account = _account_for_servers()
     home = Path(tempfile.mkdtemp(prefix="fp8scope-postgres-"))
     password = secrets.token_hex(16)
-    process: subprocess.Popen[bytes] | None = None
+    server: PostgresServer | None = None
     try:
         (home / "password").write_text(password)
         if account:
@@ -132,27 +144,29 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
         )
         for attempt in range(3):  # somebody may take the port before PostgreSQL does
             port = _free_port()
-            with (home / "log").open("wb") as log:
-                process = subprocess.Popen(
-                    [
-                        *(postgres, "-D", home / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"),
-                        *("-c", f"unix_socket_directories={home}", "-c", "fsync=off", "-c", "shared_buffers=32MB"),
-                    ],
-                    **account,
-                    cwd=home,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
-            server = PostgresServer(port, password, process, home)
+
+            def launch(port: int = port) -> subprocess.Popen[bytes]:
+                with (home / "log").open("ab") as log:
+                    return subprocess.Popen(
+                        [
+                            *(postgres, "-D", home / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"),
+                            *("-c", f"unix_socket_directories={home}", "-c", "fsync=off", "-c", "shared_buffers=32MB"),
+                        ],
+                        **account,
+                        cwd=home,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
+
+            server = PostgresServer(port, password, launch(), home, launch)
             if _answers(server, timeout_s=30):
                 break
             assert attempt < 2, f"PostgreSQL did not start:\n{(home / 'log').read_text()}"
         yield server
     finally:
-        if process and process.poll() is None:
-            process.send_signal(signal.SIGQUIT)  # immediate shutdown: nothing in there is needed any more
-            process.wait(timeout=30)
+        if server and server.process.poll() is None:
+            server.stop()
         shutil.rmtree(home, ignore_errors=True)
 
 

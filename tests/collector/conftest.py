@@ -141,6 +141,7 @@ class Stream:
         *,
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = 60,
     ) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         self._channel = (
@@ -151,7 +152,7 @@ class Stream:
         metadata = [("authorization", f"Bearer {token}")] if token else []
         self._outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
         self.call = pb_grpc.TelemetryStub(self._channel).Stream(
-            iter(self._outgoing.get, None), timeout=60, metadata=metadata
+            iter(self._outgoing.get, None), timeout=timeout_s, metadata=metadata
         )
         self.up_to_seq = 0
         self.draining = False
