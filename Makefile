@@ -43,8 +43,16 @@ check: $(STAMP) ## format, lint, types, imports, protobuf
 protos: $(STAMP) ## generate the Python code of telemetry.proto
 	@protos/generate.sh
 
-bench: $(STAMP) ## every measured claim, one script each; results go to bench/results/
+bench: $(STAMP) .venv-bench/.installed ## every measured claim, one script each; results go to bench/results/
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+.venv-bench/.installed: bench/requirements.txt # the peers; what they lack (torch, our own packages) comes from .venv
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	@purelib="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$purelib")')" \
+		> "$$(.venv-bench/bin/python -c "$$purelib")/of-fp8scope.pth"
+	@touch $@
 
 soak: $(STAMP) ## the long forms of the failure tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)
@@ -53,6 +61,6 @@ lock: ## write requirements.lock anew from requirements.in
 	@bash tests/lock.sh
 
 clean: ## remove .venv and what builds and tests left
-	@rm -rf $(VENV) .venv-protos .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) .venv-protos .venv-bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 .PHONY: help install demo test-deps test check protos bench soak lock clean

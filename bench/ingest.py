@@ -32,6 +32,7 @@ import zstandard
 from fp8core.records import FIELDS
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
+from ingest_peers import compared
 
 ROWS = 1680
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
@@ -59,15 +60,20 @@ def main() -> None:
         "| streams | rows/s | send to acknowledgement, median | p99 | collector's peak memory | bytes a row on disk |",
         "|---|---|---|---|---|---|",
     ]
+    fastest = 0.0
     for streams in options.streams:
-        lines.append(measure(streams, options.seconds))
-        print(lines[-1])
+        line, rows_per_s = measure(streams, options.seconds)
+        fastest = max(fastest, rows_per_s)
+        lines.append(line)
+        print(line)
+    lines += ["", "The same rows through other tools, in the same run (`bench/ingest_peers.py`):", ""]
+    lines += compared(options.seconds, fastest)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("\n".join(lines) + "\n")
 
 
-def measure(streams: int, seconds: float) -> str:
-    """One line of the table."""
+def measure(streams: int, seconds: float) -> tuple[str, float]:
+    """One line of the table, and its rows a second."""
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "bench.db"
         server = subprocess.Popen(
@@ -104,7 +110,8 @@ def measure(streams: int, seconds: float) -> str:
         return (
             f"| {streams} | {rows / seconds:,.0f} | {np.median(latencies) * 1e3:,.0f} ms "
             f"| {np.quantile(latencies, 0.99) * 1e3:,.0f} ms | {int(peak[1]) / 1024:,.0f} MiB "
-            f"| {database.stat().st_size / stored:.0f} |"
+            f"| {database.stat().st_size / stored:.0f} |",
+            rows / seconds,
         )
 
 
