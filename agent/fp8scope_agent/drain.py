@@ -123,6 +123,8 @@ class Drain(threading.Thread):
 
     def _record(self, frame: Frame) -> None:
         plan = frame.plan
+        if frame.reports:
+            self.recorder.record_named(frame.taken_unix_ns, frame.named())
         if plan is None or not plan.record:
             self.recorder.record(frame.step, frame.taken_unix_ns, decode_step([], ()), frame.scalars())
             return

@@ -7,7 +7,7 @@ one. A slot that nothing was written to has no row.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from fp8scope_protos.v1 import telemetry_pb2 as pb
 # A batch stays far below the 4 MiB that a gRPC server accepts by default: a row takes 80 bytes.
 MAX_ROWS = 8192
 MAX_HISTOGRAMS = 1024  # of up to 2 kB each
+MAX_EXTRAS = 4096  # about 40 bytes each
 
 _BINS = 256
 _WIRE_DTYPE = {"float32": "<f4", "float64": "<f8", "uint64": "<u8"}
@@ -27,10 +28,15 @@ _WIRE_DTYPE = {"float32": "<f4", "float64": "<f8", "uint64": "<u8"}
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of one step: `slot` [n], ascending, and one array [n] for each field."""
+    """The rows of one step: `slot` [n], ascending, and one array [n] for each field that is known."""
 
     slot: npt.NDArray[np.int64]
     columns: Mapping[str, npt.NDArray[np.generic]]
+
+    @classmethod
+    def none(cls) -> StepRows:
+        """No rows."""
+        return cls(np.empty(0, np.int64), {})
 
     def of(self, slots: npt.NDArray[np.bool_]) -> StepRows:
         """The rows of these slots, bool [slots of the source]."""
@@ -101,6 +107,7 @@ class Encoder:
         rows: StepRows,
         scalars: Mapping[str, float],
         drops: Mapping[str, int],
+        extras: Sequence[pb.Extra] = (),
     ) -> bytes:
         """A serialised ClientMessage with these rows, which may be none."""
         batch = pb.StatsBatch(
@@ -110,6 +117,7 @@ class Encoder:
             compression=pb.COMPRESSION_NONE,
             scalars=[pb.Scalar(step=step, name=name, value=value) for name, value in scalars.items()],
             drops=drop_messages(drops),
+            extras=extras,
         )
         if len(rows.slot):
             columns = _columns(step, rows)
@@ -163,6 +171,8 @@ def _columns(step: int, rows: StepRows) -> bytes:
         slot=rows.slot.astype("<u4").tobytes(),
     )
     for field in FIELDS:
+        if field.name not in rows.columns:
+            continue
         setattr(columns, field.name, rows.columns[field.name].astype(_WIRE_DTYPE[field.dtype]).tobytes())
     return columns.SerializeToString()
 

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -26,6 +26,9 @@ from .ring import MAX_SCALARS, Ring
 from .sampling import Sampler
 from .snapshot import Snapshot
 from .status import sync_command
+
+if TYPE_CHECKING:
+    from .adapters.inspect import InspectLogger
 
 _LARGEST_STEP = 2**53  # exact in a float64, as plots need
 _LONGEST_NAME = 200
@@ -45,6 +48,7 @@ class Monitor:
         addresses: tuple[str, ...],
         drops: Drops,
         notices: Notices,
+        inspect: InspectLogger | None = None,
     ) -> None:
         self._tap = tap
         self._ring = ring
@@ -53,6 +57,7 @@ class Monitor:
         self._addresses = addresses
         self._drops = drops
         self._notices = notices
+        self._inspect = inspect
         self._live = True
         self._failed = False
         self._owner_pid = os.getpid()
@@ -150,9 +155,10 @@ class Monitor:
         number = self._number(given)
         if number is not None:
             self._step = number
-        if number is not None and (plan.record or scalars):
+        reports = self._inspect.take() if self._inspect is not None else []
+        if number is not None and (plan.record or scalars or reports):
             on_host, on_device = self._split(scalars)
-            frame = self._ring.take(number, plan=plan, host_scalars=on_host, device_scalars=on_device)
+            frame = self._ring.take(number, plan=plan, host_scalars=on_host, device_scalars=on_device, reports=reports)
             if plan.take_histograms and (frame is None or not frame.histograms):
                 self._drops.add_histograms("ring_full", int(plan.histograms.sum()))
             if frame is None:
@@ -237,9 +243,21 @@ class Monitor:
 
     def _release(self) -> None:
         try:
+            if self._inspect is not None:
+                self._take_what_was_logged_since(self._inspect)
             self._tap.release()
         except Exception as error:
             self._notices.warn("release", f"a layer could not be unbound: {type(error).__name__}: {error}")
+
+    def _take_what_was_logged_since(self, inspect: InspectLogger) -> None:
+        """nvdlfw-inspect's last step may have ended after ours."""
+        reports = inspect.take()
+        inspect.disconnect()
+        plan = self._sampler.nothing
+        if reports and (
+            frame := self._ring.take(max(self._step, 0), plan=plan, host_scalars={}, device_scalars={}, reports=reports)
+        ):
+            self._ring.hand_over(frame)
 
     def _close(self, timeout_s: float, failure: str | None) -> None:
         if os.getpid() != self._owner_pid or not self._closing.acquire(blocking=False):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
-from .encode import MAX_HISTOGRAMS, MAX_ROWS, Encoder, StepHistograms, StepRows, finish_message
+from .encode import MAX_EXTRAS, MAX_HISTOGRAMS, MAX_ROWS, Encoder, StepHistograms, StepRows, finish_message
+from .named import Named, split
 from .notices import Drops, Notices
 from .segments import FINISH, HISTOGRAMS, STATS, Record
 from .spool import SOURCE_FILE, SpoolWriter, claim_folder, write_atomically
@@ -60,17 +61,15 @@ class Recorder:
         """Append a step."""
         for start in range(0, max(len(rows.slot), 1), MAX_ROWS):
             part = rows.part(start, start + MAX_ROWS)
-            self.last_seq += 1
-            payload = self._encoder.stats(
-                seq=self.last_seq,
-                step=step,
-                taken_unix_ns=taken_unix_ns,
-                rows=part,
-                scalars=scalars if start == 0 else {},
-                drops=self._drops.totals(),
-            )
-            if self._append(Record(self.last_seq, STATS, len(part.slot), payload)):
-                self.rows_recorded += len(part.slot)
+            self._record(step, taken_unix_ns, part, scalars if start == 0 else {}, ())
+
+    def record_named(self, taken_unix_ns: int, values: Sequence[Named]) -> None:
+        """Append what another library has said, of any steps."""
+        groups, others = split(values)
+        for step, rows in groups:
+            self.record(step, taken_unix_ns, rows, {})
+        for start in range(0, len(others), MAX_EXTRAS):
+            self._record(0, taken_unix_ns, StepRows.none(), {}, others[start : start + MAX_EXTRAS])
 
     def record_histograms(self, step: int, taken_unix_ns: int, histograms: StepHistograms) -> None:
         """Append a step's histograms."""
@@ -86,6 +85,27 @@ class Recorder:
             )
             if self._append(Record(self.last_seq, HISTOGRAMS, len(part.slot), payload)):
                 self.histograms_recorded += len(part.slot)
+
+    def _record(
+        self,
+        step: int,
+        taken_unix_ns: int,
+        rows: StepRows,
+        scalars: Mapping[str, float],
+        extras: Sequence[Named],
+    ) -> None:
+        self.last_seq += 1
+        payload = self._encoder.stats(
+            seq=self.last_seq,
+            step=step,
+            taken_unix_ns=taken_unix_ns,
+            rows=rows,
+            scalars=scalars,
+            drops=self._drops.totals(),
+            extras=[pb.Extra(step=each.step, slot=each.slot, name=each.name, value=each.value) for each in extras],
+        )
+        if self._append(Record(self.last_seq, STATS, len(rows.slot), payload)):
+            self.rows_recorded += len(rows.slot)
 
     def finish(self, failure: str | None, last_step: int) -> bool:
         """Append the end and close the spool; whether the disk took it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +17,22 @@ import torch
 from fp8core import StatsArena
 from fp8core.stats import HISTOGRAM_BINS
 
+from .named import Named
 from .sampling import Plan
 
 DEPTH = 16
 HISTOGRAM_DEPTH = 2  # they are rare, and 25 times as large as the statistics
 MAX_SCALARS = 64
+
+
+@dataclass(frozen=True)
+class Report:
+    """What another library says about a slot: its value may still be under way on the device."""
+
+    step: int
+    slot: int
+    name: str
+    value: float | torch.Tensor
 
 
 @dataclass
@@ -36,6 +47,8 @@ class Frame:
     histograms: tuple[torch.Tensor, ...] = ()  # on the host, one per arena; empty where none were taken
     host_scalars: dict[str, float] = field(default_factory=dict)
     device_names: tuple[str, ...] = ()  # whose values stand first in device_values
+    reports: Sequence[Report] = ()
+    report_values: torch.Tensor | None = None  # on the host, of the first reports
     events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
     pending: set[torch.device] = field(default_factory=set)
 
@@ -53,6 +66,15 @@ class Frame:
         """The step's scalars by name."""
         values = self.device_values[: len(self.device_names)].tolist()
         return {**self.host_scalars, **dict(zip(self.device_names, values, strict=True))}
+
+    def named(self) -> list[Named]:
+        """What other libraries said."""
+        copied = [] if self.report_values is None else self.report_values.tolist()
+        values = copied + [float(report.value) for report in self.reports[len(copied) :]]
+        return [
+            Named(report.step, report.slot, report.name, value)
+            for report, value in zip(self.reports, values, strict=True)
+        ]
 
 
 class Ring:
@@ -74,7 +96,13 @@ class Ring:
             self._free_histograms.put(tuple(self._host_buffer(shape, torch.int64) for shape in shapes))
 
     def take(
-        self, step: int, *, plan: Plan, host_scalars: dict[str, float], device_scalars: Mapping[str, torch.Tensor]
+        self,
+        step: int,
+        *,
+        plan: Plan,
+        host_scalars: dict[str, float],
+        device_scalars: Mapping[str, torch.Tensor],
+        reports: Sequence[Report] = (),
     ) -> Frame | None:
         """A frame into which this step is being copied; None where none is free. `device_scalars` are CUDA tensors.
 
@@ -96,6 +124,7 @@ class Ring:
         if plan.take_histograms:
             self._copy_histograms(frame)
         self._copy_scalars(frame, device_scalars)
+        self._copy_reports(frame, reports)
         for device in frame.pending:
             if device not in frame.events:
                 frame.events[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
@@ -147,6 +176,26 @@ class Ring:
             frame.pending.add(device)
             names += group
         frame.device_names = tuple(names)
+
+    def _copy_reports(self, frame: Frame, reports: Sequence[Report]) -> None:
+        """Those on a device first, in one copy for each device; the others are read when the frame is drained."""
+        by_device: dict[torch.device, list[Report]] = {}
+        others = []
+        for report in reports:
+            if isinstance(report.value, torch.Tensor) and report.value.is_cuda:
+                by_device.setdefault(report.value.device, []).append(report)
+            else:
+                others.append(report)
+        frame.reports = [report for group in by_device.values() for report in group] + others
+        frame.report_values = None
+        if by_device:
+            frame.report_values = self._host_buffer((len(reports) - len(others),), torch.float64)
+            start = 0
+            for device, group in by_device.items():
+                values = torch.stack([torch.as_tensor(report.value).detach().reshape(()).double() for report in group])
+                frame.report_values[start : start + len(group)].copy_(values, non_blocking=True)
+                frame.pending.add(device)
+                start += len(group)
 
     def _host_buffer(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pinned)

@@ -5,6 +5,7 @@ model ─ adapters ─ arenas ─ ring ─ drain ─ recorder ─ spool ─ (pro
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ from .sampling import Sampler
 from .snapshot import Summary
 
 if TYPE_CHECKING:
+    from .adapters.inspect import InspectLogger
     from .adapters.shadow import Shadow
 
 
@@ -56,6 +58,7 @@ def attach(
     exclude: Sequence[str] | None = None,
     settings: str | os.PathLike[str] | None = None,
     shadow: Recipe | Shadow | None = None,
+    inspect: InspectLogger | None = None,
 ) -> Monitor:
     """A monitor that records every FP8 linear layer of `model` from now on; docs/agent.md explains each argument.
 
@@ -94,6 +97,8 @@ def attach(
     )
     notices, drops = Notices(), Drops()
     tap = bind(model, [_where(resolved.wants, find) for find in _finders(shadow)])
+    if inspect is not None:
+        tap = _with_named_layers(tap, model, inspect, resolved.wants, drops, notices)
     if not tap.slots:
         notices.warn(
             "no slots",
@@ -109,7 +114,25 @@ def attach(
     ring = Ring(tap.arenas)
     sampler = Sampler(resolved.sampling, [slot.layer for slot in tap.slots])
     drain = Drain(ring, recorder, tap.slots_of, Summary(tap.slots), sampler, resolved, drops, notices)
-    return Monitor(tap, ring, drain, sampler=sampler, addresses=resolved.addresses, drops=drops, notices=notices)
+    return Monitor(
+        tap, ring, drain, sampler=sampler, addresses=resolved.addresses, drops=drops, notices=notices, inspect=inspect
+    )
+
+
+def _with_named_layers(
+    tap: Tap,
+    model: nn.Module,
+    inspect: InspectLogger,
+    wanted: Callable[[str], bool],
+    drops: Drops,
+    notices: Notices,
+) -> Tap:
+    """`tap` and the slots whose statistics come by nvdlfw-inspect, which have no rows in an arena."""
+    from .adapters.inspect import slots_of
+
+    named = tuple(slots_of(model, wanted, first=len(tap.slots)))
+    inspect.connect(named, drops, notices)
+    return dataclasses.replace(tap, slots=tap.slots + named)
 
 
 def _where(wanted: Callable[[str], bool], find: Finder) -> Finder:

@@ -46,7 +46,7 @@ def test_every_reason_for_a_drop_is_documented_and_the_reverse() -> None:
     reasons |= {"spool_damaged"} & set(re.findall(r'"(\w+)"', CODE))
     table = PAGE.split("| reason | dropped because |")[1].split("##")[0]
 
-    assert len(reasons) == 11
+    assert len(reasons) == 12
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == reasons
 
 

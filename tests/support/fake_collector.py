@@ -187,7 +187,7 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
         for index in range(batch.rows):
             key = int(columns["step"][index]), int(columns["slot"][index])
             source.duplicate_rows += key in source.rows
-            source.rows[key] = {field.name: columns[field.name][index] for field in FIELDS}
+            source.rows[key] = {name: columns[name][index] for name in columns if name not in ("step", "slot")}
 
 
 def decode_columns(batch: pb.StatsBatch) -> dict[str, np.ndarray]:
@@ -195,7 +195,8 @@ def decode_columns(batch: pb.StatsBatch) -> dict[str, np.ndarray]:
     message = pb.StatsColumns.FromString(decompress(batch))
     columns = {"step": np.frombuffer(message.step, "<u8"), "slot": np.frombuffer(message.slot, "<u4")}
     for entry in FIELDS:
-        columns[entry.name] = np.frombuffer(getattr(message, entry.name), _DTYPES[entry.dtype])
+        if data := getattr(message, entry.name):  # else the column is absent
+            columns[entry.name] = np.frombuffer(data, _DTYPES[entry.dtype])
     assert {len(column) for column in columns.values()} == {batch.rows}
     return columns
 
