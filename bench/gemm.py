@@ -15,6 +15,7 @@ does without oneDNN.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import re
@@ -42,6 +43,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
     options = arguments.parse_args()
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory is kept, or page faults are measured
+        ctypes.CDLL(None).mallopt(option, 1 << 30)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lines = [
