@@ -24,7 +24,7 @@ def _gemm(device: torch.device) -> str:
     if has_fp8_tensor_cores(device):
         return "on FP8 tensor cores (E4M3FN and E5M2; FNUZ formats emulated in float32)"
     if device.type == "cpu" and mkl.available():
-        return "emulated in bfloat16 on AMX"
+        return "emulated in bfloat16 on AMX (FP8 tensor cores need a CUDA device)"
     if has_bfloat16_gemm(device):
         return "emulated in bfloat16, in float32 where scales are not powers of two"
     if device.type == "cuda":

@@ -71,9 +71,11 @@ class Fp8InferenceLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Features, recipe and format."""
+        """Features, recipe, format, and what the weight takes: half of bfloat16's bytes."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, recipe={self.recipe!r}, fmt={self.fmt}"
+        weight_bytes = self.weight.numel() * self.weight.element_size()
+        saved = f"weight {weight_bytes:,} bytes (bfloat16: {2 * self.weight.numel():,})"
+        return f"{sizes}, recipe={self.recipe!r}, fmt={self.fmt}, {saved}"
 
 
 def quantize_for_inference(

@@ -1,6 +1,6 @@
 """One of two processes that train the same small FP8 model under DDP or FSDP2; prints what it saw as JSON.
 
-Arguments: rank, world size, a file for the rendezvous. Run by test_distributed.py.
+Arguments: rank, world size, a file for the rendezvous, which scenarios. Run by test_distributed.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from fp8core import AmaxScaling, DelayedScaling, Fp8Linear, StatsArena, convert_to_fp8
 from fp8core.recipes import Recipe
@@ -37,19 +39,33 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    """Blocks, each checkpointed in the reentrant or the other way, or not at all."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.reentrant = reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
         return x
 
 
-def build(recipe: Recipe) -> nn.Module:
+def build(recipe: Recipe, reentrant: bool | None = None) -> nn.Module:
     torch.manual_seed(0)
-    return convert_to_fp8(Net(), recipe=recipe)
+    return convert_to_fp8(Net(reentrant), recipe=recipe)
+
+
+def shard(model: nn.Module, policy: MixedPrecisionPolicy | None = None, *, compiled: bool = False) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = policy or MixedPrecisionPolicy()
+    for block in model.blocks:  # type: ignore[union-attr]  # a ModuleList
+        if compiled:
+            block.compile(backend="aot_eager", fullgraph=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def watch(model: nn.Module) -> StatsArena:
@@ -116,20 +132,43 @@ def scenarios(rank: int) -> dict[str, Any]:
     arena.reset()
     seen["ddp, delayed"] = train_step(ddp, arena, rank)
 
-    for name, compiled, policy in (
-        ("fsdp2", False, MixedPrecisionPolicy()),
-        ("fsdp2, compiled", True, MixedPrecisionPolicy()),
+    for name, compiled, fsdp_policy in (
+        ("fsdp2", False, None),
+        ("fsdp2, compiled", True, None),
         ("fsdp2, bfloat16", False, MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)),
     ):
         model = build(amax)
         arena = watch(model)
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for block in model.blocks:  # type: ignore[union-attr]  # a ModuleList
+        seen[name] = train_step(shard(model, fsdp_policy, compiled=compiled), arena, rank)
+    return seen
+
+
+def recomputing(rank: int) -> dict[str, Any]:
+    """Checkpointing of both kinds and the compiler's own recomputation, under DDP and FSDP2, eager and compiled."""
+    seen = {}
+    for reentrant in (False, True):
+        kind = "reentrant" if reentrant else "checkpointed"
+        for compiled in (False, True):
+            model = build(AmaxScaling(), reentrant)
+            arena = watch(model)
+            ddp: nn.Module = DistributedDataParallel(model, bucket_cap_mb=1)
             if compiled:
-                block.compile(backend="aot_eager")
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        seen[name] = train_step(model, arena, rank)
+                ddp.compile(backend="aot_eager")
+            seen[f"ddp, {kind}{', compiled' * compiled}"] = train_step(ddp, arena, rank)
+
+            model = build(AmaxScaling(), reentrant)
+            arena = watch(model)
+            seen[f"fsdp2, {kind}{', compiled' * compiled}"] = train_step(shard(model, compiled=compiled), arena, rank)
+    with torch._functorch.config.patch(activation_memory_budget=0.1):
+        model = build(AmaxScaling())
+        arena = watch(model)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=1)
+        ddp.compile(backend="aot_eager")
+        seen["ddp, budget, compiled"] = train_step(ddp, arena, rank)
+
+        model = build(AmaxScaling())
+        arena = watch(model)
+        seen["fsdp2, budget, compiled"] = train_step(shard(model, compiled=True), arena, rank)
     return seen
 
 
@@ -137,7 +176,7 @@ def main() -> None:
     rank, world_size, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    print(json.dumps(scenarios(rank)))
+    print(json.dumps({"usual": scenarios, "recomputing": recomputing}[sys.argv[4]](rank)))
     dist.destroy_process_group()
 
 

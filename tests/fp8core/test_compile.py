@@ -113,34 +113,52 @@ def test_checkpointing_counts_once_and_repeats_the_same_casts(recipe: Recipe, re
     checkpointed.assert_equals(plain)
 
 
+CHECKPOINTING = pytest.mark.parametrize(
+    "reentrant", [None, False, True], ids=["plain", "checkpointed", "checkpointed, reentrant"]
+)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=repr)
-@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpointed"])
+@CHECKPOINTING
 def test_whole_model_in_one_graph_equals_eager(recipe: Recipe, reentrant: bool | None) -> None:
     eager = train(build(recipe=recipe))
 
     compiled = train(build(reentrant=reentrant, recipe=recipe), "aot_eager")
 
     compiled.assert_equals(eager)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_graphs(1)
 
 
-def test_twelve_equal_blocks_share_one_graph() -> None:
+@CHECKPOINTING
+@pytest.mark.parametrize("budget", [1.0, 0.1])
+def test_twelve_equal_blocks_share_one_graph_each_counted_once(reentrant: bool | None, budget: float) -> None:
     eager = train(build(blocks=12))
 
-    compiled = train(build(blocks=12), "aot_eager", by_block=True)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        compiled = train(build(blocks=12, reentrant=reentrant), "aot_eager", by_block=True)
 
     compiled.assert_equals(eager)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert compiled.words[:, 0].tolist() == [2, 1, 2] * 24
+    # Reentrant checkpointing runs a block without gradients first and with them in the backward: a graph for each.
+    assert_graphs(2 if reentrant else 1)
 
 
-def test_the_compilers_own_recomputation_is_not_counted() -> None:
+@CHECKPOINTING
+def test_the_compilers_own_recomputation_is_not_counted(reentrant: bool | None) -> None:
     eager = train(build())
 
     with torch._functorch.config.patch(activation_memory_budget=0.1):
-        compiled = train(build(), "aot_eager")
+        compiled = train(build(reentrant=reentrant), "aot_eager")
 
     compiled.assert_equals(eager)
+    assert_graphs(1)
+
+
+def assert_graphs(count: int) -> None:
+    """So many in all: none was broken, and none compiled again for another block or step."""
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == count
+    assert not counters["graph_break"]
 
 
 def test_batches_of_any_size_run_in_one_dynamic_graph() -> None:
@@ -175,26 +193,41 @@ def test_inductor_gives_the_same_bits_with_checkpointing_and_recomputation(
 
 
 class Twice(nn.Module):
-    """One layer used twice."""
+    """One layer used twice, and one tied to it by its weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(16, 16)
+        self.fc, self.tied = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.tied.weight = self.fc.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.fc(self.fc(x).relu())
+        out: torch.Tensor = self.tied(self.fc(self.fc(x).relu()))
         return out
 
 
-def test_a_module_used_twice_is_counted_alike_in_eager_and_compiled() -> None:
-    torch.manual_seed(0)
-    eager = train(convert_to_fp8(Twice().bfloat16()))
-    torch.manual_seed(0)
+class Checkpointed(Twice):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return out
 
-    compiled = train(convert_to_fp8(Twice().bfloat16()), "aot_eager")
 
-    assert eager.words[:, 0].tolist() == [4, 1, 4]
+@pytest.mark.parametrize("kind", [Twice, Checkpointed])
+@pytest.mark.parametrize("budget", [1.0, 0.1])
+def test_a_module_used_twice_and_a_tied_weight_are_counted_alike_in_eager_and_compiled(
+    kind: type[Twice], budget: float
+) -> None:
+    def build_it(kind: type[Twice]) -> nn.Module:
+        torch.manual_seed(0)
+        return convert_to_fp8(kind().bfloat16())
+
+    eager = train(build_it(Twice))
+
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        compiled = train(build_it(kind), "aot_eager")
+
+    assert eager.words[:, 0].tolist() == [4, 1, 4, 2, 1, 2]
     compiled.assert_equals(eager)
+    assert_graphs(1)
 
 
 def test_a_cast_whose_result_nobody_uses_stays_in_the_graph() -> None:

@@ -16,15 +16,14 @@ D, LAYERS = 256, 6
 SCENARIOS = ["ddp", "ddp, compiled", "fsdp2", "fsdp2, compiled", "fsdp2, bfloat16"]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def train(scenarios: str, folder: Path) -> list[dict[str, Any]]:
     """What the two processes saw, by scenario."""
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
+    rendezvous = folder / "file"
     worker = Path(__file__).with_name("distributed_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "2", str(rendezvous)],
+            [sys.executable, str(worker), str(rank), "2", str(rendezvous), scenarios],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -33,13 +32,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=150) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return train("usual", tmp_path_factory.mktemp("rendezvous"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -101,3 +105,18 @@ def test_ddp_gives_all_ranks_the_delayed_scales_of_rank_0(ranks: list[dict[str, 
 
 def test_ddp_compiles_the_model_in_several_graphs(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["ddp graphs"] > 1 for rank in ranks)
+
+
+@pytest.mark.slow
+def test_recomputation_under_ddp_and_fsdp2_is_not_counted_and_changes_nothing(
+    ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Checkpointing of both kinds, eager and compiled, and the compiler's own, by `activation_memory_budget`."""
+    for rank, recomputing in zip(ranks, train("recomputing", tmp_path), strict=True):
+        assert len(recomputing) == 10
+        for scenario, seen in recomputing.items():
+            assert seen["writes"] == [1, 1, 1] * LAYERS, scenario
+            assert seen["overflow"] == 0, scenario
+            assert seen["amax"] == rank["ddp"]["amax"], scenario
+            assert seen["scale"] == rank["ddp"]["scale"], scenario
+            assert seen["grads"] == pytest.approx(rank["ddp"]["grads"], rel=1e-6), scenario

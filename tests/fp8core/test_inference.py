@@ -49,6 +49,9 @@ def test_weights_take_one_byte_an_element_and_travel_so() -> None:
     assert list(state) == ["0.weight", "0.weight_scale", "0.bias", "2.weight", "2.weight_scale"]
     assert state["0.weight"].dtype == torch.float8_e4m3fnuz
     assert not list(served.parameters())
+    weights = [module.weight for module in model() if isinstance(module, nn.Linear)]  # bfloat16
+    served_bytes = sum(each.nbytes for each in (state["0.weight"], state["2.weight"]))
+    assert served_bytes * 2 == sum(weight.nbytes for weight in weights)
     other = quantize_for_inference(
         nn.Sequential(*[nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16, bias=False)]).bfloat16(), fmt=E4M3FNUZ
     )
@@ -64,6 +67,7 @@ def test_filter_lone_layer_and_printing() -> None:
     assert type(served[2]) is nn.Linear
     assert isinstance(alone, Fp8InferenceLinear)
     assert "in_features=4, out_features=4, bias=True, recipe=AmaxScaling(" in repr(alone)
+    assert repr(alone).endswith("weight 16 bytes (bfloat16: 32))")
 
 
 def test_tied_embedding_stays_in_high_precision() -> None:

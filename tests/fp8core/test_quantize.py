@@ -19,9 +19,10 @@ from fp8core import (
     exponent_histogram,
 )
 from fp8core.device_scaling import new_state, next_scale
+from fp8core.formats import FORMATS, Fp8Format
 from fp8core.quantize import quantize, recast
 from fp8core.recipes import Recipe
-from fp8core.records import decode_arena
+from fp8core.records import Role, decode_arena
 
 RECIPES: list[Recipe] = [AmaxScaling(), ConstantScaling(2), CurrentScaling(), DelayedScaling(history_len=2)]
 
@@ -53,6 +54,50 @@ def test_nonfinite_elements_do_not_change_the_scale_of_the_others(recipe: Recipe
     assert q.float()[2:4].tolist() == [448.0, -448.0]
     assert q.float()[4].isnan()
     assert (row["amax"], row["nonfinite"], row["overflow"]) == (3.0, 3, 0)
+
+
+UNUSUAL = {
+    "NaN": [math.nan, 1.0],
+    "Inf": [math.inf, -math.inf, 1.0],
+    "nothing finite": [math.nan, math.inf],
+    "zeros": [0.0, -0.0],
+    "float32 subnormals": [2.0**-140, -(2.0**-149)],
+    "huge": [3.0e38, -1.0],
+}
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("recipe", RECIPES, ids=repr)
+def test_no_unusual_tensor_makes_a_scale_unusable_or_hangs_it(recipe: Recipe, fmt: Fp8Format, role: Role) -> None:
+    state = state_for(recipe)
+
+    def cast(values: list[float]) -> tuple[torch.Tensor, float]:
+        q, scale = quantize(torch.tensor(values), recipe=recipe, role=role, fmt=fmt, state=state)
+        return q.float(), scale.item()
+
+    for name, values in UNUSUAL.items():
+        q, scale = cast(values)
+
+        assert 0 < scale < math.inf, name
+        assert q.isnan().tolist() == [math.isnan(value) for value in values], name
+        assert (q.nan_to_num().abs() <= fmt.max).all(), name
+        if name == "zeros":
+            assert not q.any()
+            # A negative zero keeps its sign where the format has one, and is zero where its code would mean NaN.
+            assert q.signbit().tolist() == [False, not fmt.name.endswith("FNUZ")]
+    for _ in range(3):  # as long as the longest history
+        q, scale = cast([0.5, 1.0])
+    usual, expected = quantize(torch.tensor([0.5, 1.0]), recipe=recipe, role=role, fmt=fmt, state=_settled(recipe, fmt))
+    assert (q.tolist(), scale) == (usual.float().tolist(), expected.item())
+
+
+def _settled(recipe: Recipe, fmt: Fp8Format) -> torch.Tensor | None:
+    """The state of a tensor that was always like the last three."""
+    state = state_for(recipe)
+    for _ in range(3 if state is not None else 0):
+        quantize(torch.tensor([0.5, 1.0]), recipe=recipe, role="input", fmt=fmt, state=state)
+    return state
 
 
 def test_an_overflow_under_delayed_scaling_is_counted_and_gone_at_the_next_cast() -> None:

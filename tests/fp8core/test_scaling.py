@@ -40,6 +40,29 @@ def test_scale_exp2_is_the_floor_of_the_exact_logarithm(amax: float, fmt: Fp8For
     assert Fraction(amax) * Fraction(2) ** (scale_exp2 + 1) > Fraction(fmt.max)
 
 
+def exact_scale_exp2(amax: float, fmt: Fp8Format) -> int:
+    """floor(log2(max / amax)) in rational arithmetic."""
+    ratio = Fraction(fmt.max) / Fraction(amax)
+    exp2 = ratio.numerator.bit_length() - ratio.denominator.bit_length()
+    return exp2 if Fraction(2) ** exp2 <= ratio else exp2 - 1
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_ten_thousand_scales_and_all_boundaries_equal_rational_arithmetic(fmt: Fp8Format) -> None:
+    at = torch.tensor([math.ldexp(fmt.max, exp2) for exp2 in range(-149, 128)], dtype=torch.float64).float()
+    at = at[(at > 0) & at.isfinite()]
+    zero, infinity = torch.tensor(0.0), torch.tensor(math.inf)
+    boundaries = torch.cat([at.nextafter(zero), at, at.nextafter(infinity)])
+    amaxes = torch.cat([random_amaxes(10_000), boundaries[(boundaries > 0) & boundaries.isfinite()]])
+
+    reference = [scale_exp2_from_amax(amax, fmt, clamp=126) for amax in amaxes.tolist()]
+    on_device = device_scaling.amax_scale(amaxes, fmt, 0, 126).log2().int().tolist()
+
+    exact = [max(-126, min(126, exact_scale_exp2(amax, fmt))) for amax in amaxes.tolist()]
+    assert reference == exact
+    assert on_device == exact
+
+
 def test_amax_one_ulp_above_a_power_of_two_of_max_does_not_round_up() -> None:
     amax = np.nextafter(np.float32(240.0), np.float32(np.inf)) * np.float32(2.0**-10)
 
@@ -163,6 +186,15 @@ def test_nan_amax_is_passed_over_by_max_and_keeps_the_scale_under_most_recent() 
     assert run_reference(DelayedScaling(history_len=3), [224.0, math.nan, 112.0]) == [1.0, 2.0, 2.0, 2.0]
     assert run_reference(DelayedScaling(history_len=1), [224.0, math.nan]) == [1.0, 2.0, 2.0]
     assert run_reference(DelayedScaling(algo="most_recent"), [224.0, math.nan, 112.0]) == [1.0, 2.0, 2.0, 4.0]
+
+
+def test_a_spike_holds_the_scale_down_until_it_leaves_the_window() -> None:
+    amaxes = [224.0, 448.0 * 16, 224.0, 224.0, 224.0]
+
+    # The spike itself is cast with the scale from before it: it clips. From then on it is in the window for 3 casts.
+    assert run_reference(DelayedScaling(history_len=3), amaxes) == [1.0, 2.0, 2.0**-4, 2.0**-4, 2.0**-4, 2.0]
+    assert run_reference(DelayedScaling(algo="most_recent"), amaxes) == [1.0, 2.0, 2.0**-4, 2.0, 2.0, 2.0]
+    assert run_reference(DelayedScaling(history_len=3, margin_bits=2), amaxes)[1:3] == [0.5, 2.0**-6]
 
 
 @settings(max_examples=60, deadline=None)

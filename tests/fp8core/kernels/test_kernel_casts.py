@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
+from fp8core.formats import E4M3FN
+from fp8core.records import COLUMNS, decode_arena
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EVERY_16_BIT_WORD = torch.arange(65536, dtype=torch.int32).to(torch.int16)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -60,6 +66,44 @@ def test_random_float32_bit_patterns_and_values_near_the_range_are_cast_as_ml_dt
     examples, count = mismatches(x, got, expected_codes(x, 1.0, fmt))
     assert count == 0, examples
     assert amax == np.abs(x.numpy()[np.isfinite(x.numpy())]).max()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_million_random_float32_are_cast_and_counted_as_an_oracle_does(
+    kernels, fmt, expected_codes, new_words, expected_row, assert_row
+):
+    generator = np.random.default_rng(2)
+    counters = [name for name in COLUMNS if name not in ("writes", "amax", "scale_min", "scale_max")]
+    words, total = new_words(1), dict.fromkeys(counters, 0.0)
+    for scale in (1.0, 0.37) * 5:
+        patterns = generator.integers(0, 2**32, 500_000, dtype=np.uint32).view(np.float32)
+        exponents = generator.integers(-24, 20, 500_000).astype(np.int32)
+        near = np.ldexp(generator.standard_normal(500_000, dtype=np.float32), exponents)
+        # Half of what is near the range comes without its last 19 bits, so that ties are everywhere.
+        near[::2] = (near[::2].view(np.uint32) & np.uint32(0xFFF80000)).view(np.float32)
+        x = torch.from_numpy(np.concatenate([patterns, near]))
+
+        got, _ = kernels.cast(x, scale, fmt, words)
+
+        examples, count = mismatches(x, got, expected_codes(x, scale, fmt))
+        assert count == 0, examples
+        row = expected_row(x, scale, fmt)
+        total = {name: total[name] + row[name] for name in counters}
+    integers = [name for name in counters if name not in ("sum_sq", "err_sq")]
+    merged = decode_arena(words.numpy()).columns
+    assert {name: int(merged[name][0]) for name in integers} == {name: int(total[name]) for name in integers}
+
+
+def test_counts_beyond_float32s_integers_are_exact(kernels, new_words):
+    if INTERPRETED:
+        pytest.skip("16 million elements take the interpreter minutes")
+    count, words = (1 << 24) + 1, new_words(1)
+
+    kernels.cast(torch.full((count,), 1e-30, dtype=torch.bfloat16), 1.0, E4M3FN, words)
+
+    row = decode_arena(words.numpy()).columns
+    assert (int(row["underflow"][0]), int(row["numel"][0])) == (count, count)
 
 
 def test_a_product_beyond_float32_is_clipped_and_below_float32_becomes_zero(kernels, fmt, expected_codes):

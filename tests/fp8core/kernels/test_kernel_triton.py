@@ -169,25 +169,47 @@ def test_the_launchers_never_ask_the_device_for_a_value():
             assert node.func.id not in converts, f"line {node.lineno}: {node.func.id}()"
 
 
-def test_in_the_interpreter_the_kernels_pass_the_tests_of_every_implementation():
-    files = ["test_kernel_casts.py", "test_kernel_statistics.py", "test_kernel_transpose.py"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not scale_large",
-        *files,
-    ]
+FILES = ["test_kernel_casts.py", "test_kernel_statistics.py", "test_kernel_transpose.py"]
+
+
+def passed_in_the_interpreter(*options, timeout_s):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", *options]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 80
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+def test_in_the_interpreter_the_kernels_pass_the_tests_of_every_implementation():
+    assert passed_in_the_interpreter("-m", "not slow", "-k", "not scale_large", *FILES, timeout_s=280) > 80
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_in_the_interpreter_the_kernels_pass_the_long_tests_too():
+    assert passed_in_the_interpreter("-m", "slow", "test_kernel_casts.py", timeout_s=880) == 4
+
+
+def test_registers_and_shared_memory_of_every_kernel_are_reported_and_leave_room_for_twelve_warps(
+    tmp_path, record_property
+):
+    options = launchers._OPTIONS
+    cast = cast_constants(E4M3FN, torch.bfloat16, True)
+    kernels = {
+        "amax": (jit.amax_kernel, {"TYPE": 0, "BLOCK": BLOCK}),
+        "cast": (jit.cast_kernel, cast | {"BLOCK": BLOCK}),
+        "cast_transpose": (jit.cast_transpose_kernel, cast | TILE),
+        "exponents": (jit.exponents_kernel, {"TYPE": 0, "BLOCK": BLOCK}),
+        "finalise": (jit.finalise_kernel, {"OVERWRITE": False, "BLOCK": 256}),
+    }
+    for name, (kernel, constants) in kernels.items():
+        compiled = compile_for_hopper(kernel, constants, options)
+        usage = dumped(compiled, tmp_path, "--dump-resource-usage")
+        registers, shared_bytes = int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
+        record_property(name, f"{registers} registers, {shared_bytes} bytes shared")
+        print(f"{name}: {registers} registers, {shared_bytes} bytes of shared memory")
+        # A multiprocessor has 65,536 registers and 228 KiB; three blocks of four warps have to live on it at once.
+        assert 3 * 128 * registers <= 65536, name
+        assert shared_bytes <= 48 * 1024, name
