@@ -166,7 +166,7 @@ def per_step(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_ste
                 "z": share.astype(np.float32),
                 "zmin": 0,
                 "zmax": 1,
-                "colorscale": {"$theme": {name: theme.scale(shades) for name, shades in theme.SPREAD.items()}},
+                "colorscale": [(0.0, "$ground"), (1.0, theme.ROLE_COLOR[role])],
                 "showscale": False,
                 "hoverinfo": "none",
                 "hoverongaps": False,
@@ -187,7 +187,7 @@ def per_step(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_ste
                 "yaxis": _axis("y", i),
                 "x": x,
                 "y": modes.astype(np.float32),
-                "line": {"width": 1.3, "color": theme.ROLE_COLOR[role], "shape": "hvh"},
+                "line": {"width": 1.3, "color": "$text", "shape": "hvh"},
                 "hoverinfo": "skip",
             }
         )
@@ -244,7 +244,7 @@ def histogram(heatmap: HeatMap, found: Sequence[Place]) -> tuple[theme.Figure, i
             "tickcolor": "$line",
             "linecolor": "$line",
             "fixedrange": True,
-            "nticks": 9,
+            "dtick": max(1, -(-int(np.ptp(exponents)) // 8)) if exponents.size else 1,
         }
         axis = {"anchor": _axis("x", i), "tickformat": ".0%", "rangemode": "tozero"}
         layout[_axis("yaxis", i)] = theme.value_axis(0.0, 1.0, **axis)

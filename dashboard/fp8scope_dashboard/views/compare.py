@@ -36,7 +36,7 @@ def view() -> None:
         role = where.role.value if where.role else run_view.ALL
         shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == run_view.ALL else Role(r)))
         shell.range_slider(where, max(known, key=lambda run: run.last_step or 0))
-        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=210)
+        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=185)
     rate = next((rate for run in known if (rate := shell.live(run))), None)
     st.fragment(shell.guarded(_body), run_every=rate)(where)
 
@@ -241,11 +241,13 @@ def _tensor(
 def _configurations(runs: Sequence[RunSummary]) -> None:
     """What the runs were told, where that differs."""
     told = [queries.configuration(queries.database_url(), run.id) for run in runs]
-    for run, configuration in zip(runs, told, strict=True):
+    for i, run in enumerate(runs):
+        casts: dict[str, str] = {}
         for role in Role:
             kinds = {(s.format, s.recipe, s.margin) for s in queries.slots_of(run) if s.role == role}
             kind = [f"{form or '?'}, {recipe or '?'}, margin {margin}" for form, recipe, margin in sorted(kinds)]
-            configuration[f"{role.value} is cast to"] = "; ".join(kind[:3]) + ("; ..." if len(kind) > 3 else "")
+            casts[f"{role.value} is cast to"] = "; ".join(kind[:3]) + ("; ..." if len(kind) > 3 else "")
+        told[i] = casts | told[i]
     every = list(dict.fromkeys(name for configuration in told for name in configuration))
     differing = [name for name in every if len({configuration.get(name) for configuration in told}) > 1]
     rows = [

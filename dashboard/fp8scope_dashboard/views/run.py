@@ -72,7 +72,7 @@ def _controls(where: links.Where, run: RunSummary) -> None:
         role = where.role.value if where.role else ALL
         shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == ALL else Role(r)))
         shell.range_slider(where, run)
-        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=210)
+        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=185)
         with st.popover("modules", type="tertiary"):
             _modules(where, queries.slots_of(run))
 

@@ -26,7 +26,7 @@ def view() -> None:
         return
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         shell.range_slider(where, run)
-        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=210)
+        shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=185)
     st.fragment(shell.guarded(_body), run_every=shell.live(run))(where)
 
 
@@ -81,7 +81,9 @@ def _draw(
     _follow(where, run, slots, event)
 
     panel.title(
-        "layers", "layers at each scale", "the darker, the more layers have this scale; line: the mode of all layers"
+        "layers",
+        "layers at each scale",
+        "the stronger the colour, the more layers have this scale; line: the mode of all layers",
     )
     figure, height = scales.per_step(heatmap, found, first, last)
     _follow(where, run, slots, panel.chart("layers chart", figure, height=height, view=view_range))

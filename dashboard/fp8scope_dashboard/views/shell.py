@@ -187,7 +187,7 @@ def range_slider(where: links.Where, run: RunSummary) -> None:
         first_step, last_step = new_start if new_start > first else None, new_end if new_end < last else None
         move(replace(where, first_step=first_step, last_step=last_step))
 
-    st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=230)
+    st.slider("steps", first, last, (start, end), key=key, on_change=changed, label_visibility="collapsed", width=190)
 
 
 def steps_of(where: links.Where, run: RunSummary) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from fp8scope_collector.storage.reader import RunSummary, Series, Slot
 from fp8scope_dashboard import links, queries, text
 from fp8scope_dashboard.charts import tensor
 from fp8scope_dashboard.component import panel
-from fp8scope_dashboard.views import shell
+from fp8scope_dashboard.views import findings, shell
 
 
 def view() -> None:
@@ -36,6 +36,7 @@ def view() -> None:
     if run.first_step is None:
         st.info("This run has no rows yet. They appear here with the first `monitor.step()`.")
         return
+    st.fragment(shell.guarded(findings.of_tensor), run_every=shell.live(run))(run.id, chosen.slot)
     roles = [slot.role.value for slot in mine]
     shell.choose("role", roles, chosen.role.value, {}, lambda role: replace(where, role=Role(role)))
     st.fragment(shell.guarded(_body), run_every=shell.live(run))(where, chosen, mine)
