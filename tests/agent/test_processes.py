@@ -318,3 +318,55 @@ with fp8scope.attach(model, run="run") as monitor:
     assert said == str([0] * 20)
     assert sorted({step for step, _ in source.rows}) == list(range(36))
     assert 99.0 not in source.scalars.values()
+
+
+WORKERS = """
+import warnings
+from torch.utils.data import DataLoader, Dataset
+
+warnings.simplefilter("ignore", UserWarning)  # "suggested max number of worker in current system"
+
+class Data(Dataset):
+    def __len__(self):
+        return 120
+    def __getitem__(self, index):
+        return torch.full((16,), float(index))
+
+def main(method, workers):
+    with fp8scope.attach(model, run="run") as monitor:
+        while monitor.snapshot().rows_sent == 0:
+            train(monitor, 1, pause_s=0.05)
+        say(monitor.snapshot().step)
+        loader = DataLoader(Data(), batch_size=1, num_workers=workers, multiprocessing_context=method, timeout=240)
+        for batch in loader:
+            model(batch).square().mean().backward()
+            monitor.step(loss=1.0)
+            time.sleep(0.01)
+    say("done")
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [("fork", 40), ("spawn", 3), pytest.param("spawn", 40, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+)
+def test_dataloader_workers_come_and_go_while_rows_are_streamed(
+    method: str, workers: int, collector: FakeCollector, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    trainer = start(collector.address, f"import sys\nsys.argv[1:] = [{method!r}, '{workers}']\n" + WORKERS)
+
+    output, errors = trainer.communicate(timeout=250 if workers < 40 or method == "fork" else 800)
+
+    assert (trainer.returncode, errors) == (0, "")
+    before, done = output.split()
+    assert done == "done"
+    steps = {step for step, _ in collector.source.rows}
+    assert steps == set(range(max(steps) + 1))
+    assert max(steps) >= int(before) + 120
+    assert len(collector.source.rows) == 3 * len(steps)
+    assert collector.source.duplicate_rows == 0
+    assert collector.source.finish is not None
+    assert collector.source.finish.outcome == pb.OUTCOME_FINISHED
