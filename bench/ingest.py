@@ -1,10 +1,12 @@
-"""How many rows a second a collector acknowledges: real gRPC, client processes, SQLite with synchronous=FULL.
+"""How many rows a second a collector acknowledges: real gRPC, client processes, each database with full durability.
 
 Each stream sends batches of one step of 560 layers (1,680 rows), zstd level 1, as agents do, at most `window`
 of them unacknowledged. Clients, server and database share the machine's cores. Latency is from before a batch is
 handed to gRPC until its acknowledgement is read; with all streams saturated it is about window x batch / throughput.
 
-    python bench/ingest.py [--seconds 6] [--streams 1 8]
+What is measured replaces its line in bench/results/ingest.json; ingest.md and docs/scaling.md are made from that.
+
+    python bench/ingest.py [--engines sqlite postgresql clickhouse] [--seconds 6] [--streams 1 8]
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -24,11 +25,13 @@ import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import zstandard
 
+from engines import ENGINES, database
 from fp8core.records import FIELDS
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
@@ -38,11 +41,13 @@ ROWS = 1680
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
 WARM_UP_S = 2.0
 CLIENTS = 2
-RESULTS = Path(__file__).parent / "results" / "ingest.md"
+RESULTS = Path(__file__).parent / "results" / "ingest.json"
+NAMES = {"sqlite": "SQLite (synchronous=FULL)", "postgresql": "PostgreSQL", "clickhouse": "ClickHouse (chDB)"}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES, help="databases")
     arguments.add_argument("--seconds", type=float, default=6, help="measured time of each line")
     arguments.add_argument("--streams", type=int, nargs="*", default=[1, 8], help="agents; one line for each number")
     arguments.add_argument("--client", nargs=2, metavar=("ADDRESS", "STREAMS"), help=argparse.SUPPRESS)
@@ -50,35 +55,56 @@ def main() -> None:
     if options.client:
         print(json.dumps(run_client(options.client[0], int(options.client[1]), options.seconds)))
         return
-    lines = [
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"lines": {}, "peers": []}
+    fastest = 0.0
+    for engine in options.engines:
+        for streams in options.streams:
+            line = measure(engine, streams, options.seconds)
+            fastest = max(fastest, line["rows_per_s"])
+            results["lines"][f"{engine} {streams}"] = line
+            print(row_of(line))
+    results["peers"] = compared(options.seconds, fastest)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(page(results))
+
+
+def page(results: dict[str, Any]) -> str:
+    """bench/results/ingest.md."""
+    lines = sorted(results["lines"].values(), key=lambda line: (ENGINES.index(line["engine"]), line["streams"]))
+    text = [
         "# Rows acknowledged by one collector",
         "",
-        f"{machine()}; {datetime.now():%B %Y}. Clients, collector and SQLite (synchronous=FULL) share these cores;",
-        f"what else ran there when it began: a load of {os.getloadavg()[0]:.1f}.",
-        f"Batches of {ROWS:,} rows, {CLIENTS} client processes, {options.seconds:g} s a line: `bench/ingest.py`.",
+        f"Batches of {ROWS:,} rows, {CLIENTS} client processes; clients, collector and database share the cores:",
+        "`bench/ingest.py`.",
         "",
-        "| streams | rows/s | send to acknowledgement, median | p99 | collector's peak memory | bytes a row on disk |",
-        "|---|---|---|---|---|---|",
+        "| database | streams | rows/s | send to acknowledgement, median | p99 | collector's peak memory "
+        "| bytes a row on disk | measured |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(row_of, lines),
+        "",
+        "The same rows through other tools, beside the fastest of the last run (`bench/ingest_peers.py`):",
+        "",
+        *results["peers"],
     ]
-    fastest = 0.0
-    for streams in options.streams:
-        line, rows_per_s = measure(streams, options.seconds)
-        fastest = max(fastest, rows_per_s)
-        lines.append(line)
-        print(line)
-    lines += ["", "The same rows through other tools, in the same run (`bench/ingest_peers.py`):", ""]
-    lines += compared(options.seconds, fastest)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+    return "\n".join(text) + "\n"
 
 
-def measure(streams: int, seconds: float) -> tuple[str, float]:
-    """One line of the table, and its rows a second."""
-    with tempfile.TemporaryDirectory() as folder:
-        database = Path(folder) / "bench.db"
+def row_of(line: dict[str, Any]) -> str:
+    """One line of the table."""
+    return (
+        f"| {NAMES[line['engine']]} | {line['streams']} | {line['rows_per_s']:,.0f} | {line['median_ms']:,.0f} ms "
+        f"| {line['p99_ms']:,.0f} ms | {line['peak_mib']:,.0f} MiB | {line['bytes_per_row']:.0f} "
+        f"| {line['seconds']:g} s on {line['machine']}, {line['month']} |"
+    )
+
+
+def measure(engine: str, streams: int, seconds: float) -> dict[str, Any]:
+    """One line's numbers."""
+    with database(engine) as target:
         server = subprocess.Popen(
             [
-                *(sys.executable, "-m", "fp8scope_collector", "serve", "--db", f"sqlite:///{database}"),
+                *(sys.executable, "-m", "fp8scope_collector", "serve", "--db", target.url),
                 *("--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
             ],
             stdout=subprocess.PIPE,
@@ -107,12 +133,18 @@ def measure(streams: int, seconds: float) -> tuple[str, float]:
         rows = sum(result["rows"] for result in results)
         stored = sum(result["all_rows"] for result in results)
         latencies = np.concatenate([result["latencies_s"] for result in results])
-        return (
-            f"| {streams} | {rows / seconds:,.0f} | {np.median(latencies) * 1e3:,.0f} ms "
-            f"| {np.quantile(latencies, 0.99) * 1e3:,.0f} ms | {int(peak[1]) / 1024:,.0f} MiB "
-            f"| {database.stat().st_size / stored:.0f} |",
-            rows / seconds,
-        )
+        return {
+            "engine": engine,
+            "streams": streams,
+            "rows_per_s": round(rows / seconds),
+            "median_ms": round(float(np.median(latencies)) * 1e3, 1),
+            "p99_ms": round(float(np.quantile(latencies, 0.99)) * 1e3, 1),
+            "peak_mib": round(int(peak[1]) / 1024),
+            "bytes_per_row": round(target.size_bytes() / stored, 1),
+            "seconds": seconds,
+            "machine": machine(),
+            "month": f"{datetime.now():%B %Y}",
+        }
 
 
 def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:

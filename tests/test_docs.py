@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,16 @@ def test_every_decision_page_is_a_claim_that_says_what_would_break_it() -> None:
 
     assert pages
     assert [name for name in pages if "A change breaks this when" not in (ROOT / name).read_text()] == []
+
+
+def test_the_scaling_page_is_what_its_script_computes_from_what_was_measured() -> None:
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "bench/scaling.py")
+    assert spec
+    assert spec.loader
+    scaling = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = scaling  # where dataclasses look for it
+    spec.loader.exec_module(scaling)
+
+    computed = scaling.page(json.loads((ROOT / "bench/results/ingest.json").read_text()))
+
+    assert (ROOT / "docs/scaling.md").read_text() == computed, "run `python bench/scaling.py`"

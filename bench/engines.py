@@ -1,0 +1,93 @@
+"""An empty database of each kind for a benchmark, with the durability that it has by default."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+ENGINES = ("sqlite", "postgresql", "clickhouse")
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database to give to `fp8scope serve`, and how large it is."""
+
+    url: str
+    size_bytes: Callable[[], int]
+
+
+@contextlib.contextmanager
+def database(engine: str) -> Iterator[Database]:
+    """An empty database of that kind, gone afterwards.
+
+    Raises:
+        FileNotFoundError: its programs are not on this machine.
+    """
+    with tempfile.TemporaryDirectory(prefix="fp8scope-bench-") as name:
+        folder = Path(name)
+        if engine == "postgresql":
+            with _postgresql(folder) as url:
+                yield Database(url, lambda: _postgresql_bytes(url))
+        else:
+            stats = f"?stats=chdb:///{folder}/stats" if engine == "clickhouse" else ""
+            yield Database(f"sqlite:///{folder}/bench.db{stats}", lambda: _bytes_below(folder))
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-wal"))
+
+
+@contextlib.contextmanager
+def _postgresql(folder: Path) -> Iterator[str]:
+    """A server in `folder` with its own settings but for the address."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    if not found:
+        raise FileNotFoundError("PostgreSQL is not installed; run `make test-deps`")
+    account: dict[str, Any] = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses root
+        entry = pwd.getpwnam("postgres")
+        account = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+        shutil.chown(folder, entry.pw_uid, entry.pw_gid)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = folder / "data"
+    initdb = [found[-1].with_name("initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
+    subprocess.run([*map(str, initdb)], **account, cwd=folder, check=True, capture_output=True)
+    server = subprocess.Popen(
+        [found[-1], "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", folder],
+        **account,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(200):
+            with contextlib.suppress(psycopg.OperationalError):
+                psycopg.connect(url).close()
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _postgresql_bytes(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
+        assert row
+        return int(row[0])
