@@ -30,6 +30,7 @@ class Life:
     incarnation: int
     first_step: int
     last_step: int
+    rolled_step: int = 0  # rollups hold its rows of the steps below
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ def lives_of(connection: sa.Connection, run_id: int) -> list[Life]:
     """The sources of a run that have, or had, rows, by incarnation and rank."""
     source, coverage = schema.source.c, schema.coverage.c
     query = (
-        sa.select(source.id, source.rank, source.incarnation, coverage.first_step, source.last_step)
+        sa.select(
+            source.id, source.rank, source.incarnation, coverage.first_step, source.last_step, coverage.rolled_step
+        )
         .join_from(schema.source, schema.coverage, coverage.source_id == source.id)
         .where(source.run_id == run_id)
         .order_by(source.incarnation, source.rank)
@@ -60,7 +63,7 @@ def owned_spans(lives: Sequence[Life], first_step: int = FIRST_STEP, last_step: 
     taken: dict[int, list[tuple[int, int]]] = {}
     for life in sorted(lives, key=lambda life: -life.incarnation):
         newer = taken.setdefault(life.rank, [])
-        for start, end in _without((life.first_step, life.last_step), newer):
+        for start, end in without((life.first_step, life.last_step), newer):
             start, end = max(start, first_step), min(end, last_step)
             if start <= end:
                 spans.append(Span(life.source_id, life.incarnation, start, end))
@@ -121,8 +124,8 @@ def _int_div(element: int_div, compiler: SQLCompiler, **options: Any) -> str:
     return f"({compiler.process(element.numerator, **options)} / {element.denominator:d})"
 
 
-def _without(interval: tuple[int, int], holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What is left of an interval of integers when `holes` are cut out of it."""
+def without(interval: tuple[int, int], holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of an interval of integers, both ends included, when `holes` are cut out of it."""
     pieces = [interval]
     for low, high in holes:
         cut = [((start, min(end, low - 1)), (max(start, high + 1), end)) for start, end in pieces]

@@ -1,109 +1,105 @@
-"""What can be asked of a slot: how SQL computes each quantity from a row, how ranks merge, and the last step in numpy.
+"""What can be asked of a slot, and how it follows from raw rows and from rollups alike.
 
-SQL on SQLite has no logarithm that can be relied on, so it computes something that orders like the answer (amax * scale
-for headroom, noise / signal for the SQNR), takes minimum and maximum of that, and `in_unit` takes the logarithm.
+Everything has a low and a high: the extremes over the ranks and the steps that one answer stands for. The spread of the
+ranks is the exception: it is one number, how many bits lie between the smallest and the largest amax.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import sqlalchemy as sa
 
 from fp8core.records import FIELD_BY_NAME
-from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.rollups import RATIOS
 
-Quantity = Literal["scale_exp2", "amax", "headroom", "overflow", "underflow", "nonfinite"]
+Quantity = Literal[
+    "scale_exp2", "amax", "headroom", "overflow", "underflow", "nonfinite", "subnormal", "sqnr_db", "spread"
+]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_COUNTS = ("overflow", "underflow", "subnormal", "nonfinite")
+
+@dataclass(frozen=True)
+class Source:
+    """Where a low and a high come from: the fields of a raw row, and the names of a rollup's arrays."""
+
+    fields: tuple[str, ...]
+    low: str
+    high: str
 
 
-def quantity_columns(quantity: str) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
-    """What to take the minimum and the maximum of for a quantity; see `in_unit`."""
+def source_of(field: str) -> Source:
+    """Where a field of `check_fields` comes from."""
+    if field == "scale_exp2":
+        return Source(("scale_min", "scale_max"), "scale_min.low", "scale_max.high")
+    if field == "headroom":
+        return Source(("amax", "scale_max"), "peak_exp2.high", "peak_exp2.low")
+    if field == "spread":
+        return Source(("amax",), "amax.low", "amax.high")
+    if field in RATIOS:
+        return Source((field.removesuffix("_ratio"), "numel"), f"{field}.low", f"{field}.high")
+    fields = ("err_sq", "sum_sq") if field == "sqnr_db" else (field,)
+    return Source(fields, f"{field}.low", f"{field}.high")
+
+
+def field_of(quantity: str) -> str:
+    """The field that a quantity is: counts as shares of the elements.
+
+    Raises:
+        ValueError: the quantity is unknown.
+    """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity {quantity!r} is unknown; choose one of {', '.join(QUANTITIES)}")
-    if quantity == "scale_exp2":
-        return _positive("scale_min"), _positive("scale_max")
-    column = _row_value(quantity if quantity in ("amax", "headroom") else f"{quantity}_ratio")
-    return column, column
+    return f"{quantity}_ratio" if f"{quantity}_ratio" in RATIOS else quantity
 
 
 def check_fields(fields: Sequence[str]) -> None:
-    """Refuses what `merged_over_ranks` does not know.
+    """Refuses what is no field of a slot.
 
     Raises:
         ValueError: a field is unknown.
     """
-    known = [*FIELD_BY_NAME, "scale_exp2", "headroom", *(f"{count}_ratio" for count in _COUNTS), "sqnr_db"]
+    known = [*FIELD_BY_NAME, "scale_exp2", "headroom", *RATIOS, "sqnr_db", "spread"]
     for field in fields:
         if field not in known:
             raise ValueError(f"field {field!r} is unknown; choose one of {', '.join(known)}")
 
 
-def _row_value(field: str) -> sa.ColumnElement[Any]:
-    """A field of one row of one rank, or what `in_unit` makes it from."""
-    stats = schema.stats.c
-    if field == "headroom":
-        return sa.func.nullif(_double("amax") * _double("scale_max"), 0)
-    if field.endswith("_ratio"):
-        return _double(field.removesuffix("_ratio")) / sa.func.nullif(stats.numel, 0)
-    return _double(field)
+def of_rows(field: str, columns: Mapping[str, Floats], log2_max: Floats) -> tuple[Floats, Floats]:
+    """Low and high of each raw row, whose extremes `in_unit` takes; `log2_max` is of each row's format."""
+    names = source_of(field).fields
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if field == "scale_exp2":
+            return columns["scale_min"], columns["scale_max"]
+        if field == "headroom":
+            headroom = log2_max - np.log2(columns["amax"]) - np.log2(columns["scale_max"])
+            headroom[np.isposinf(headroom)] = np.nan
+            return headroom, headroom
+        if field in RATIOS:
+            share = columns[names[0]] / np.where(columns["numel"] == 0, np.nan, columns["numel"])
+            return share, share
+        if field == "sqnr_db":
+            sqnr = -10 * np.log10(columns["err_sq"] / np.where(columns["sum_sq"] == 0, np.nan, columns["sum_sq"]))
+            return sqnr, sqnr
+    return columns[names[0]], columns[names[0]]
 
 
-def merged_over_ranks(field: str, largest: sa.ColumnElement[float]) -> dict[str, sa.ColumnElement[Any]]:
-    """The ranks of one step merged: what `low` and `high` are the extremes of; headroom is a share of `largest`."""
-    if field == "scale_exp2":
-        return {"low": sa.func.min(_positive("scale_min")), "high": sa.func.max(_positive("scale_max"))}
-    if field == "sqnr_db":
-        noise = sa.func.sum(_double("err_sq")) / sa.func.nullif(sa.func.sum(_double("sum_sq")), 0)
-        return {"low": noise, "high": noise}
-    if field == "headroom":
-        merged = sa.func.max(_row_value(field) / largest)
-    elif field.endswith("_ratio") and field.removesuffix("_ratio") in _COUNTS:
-        merged = sa.func.max(_row_value(field))
-    else:
-        merged = getattr(sa.func, FIELD_BY_NAME[field].merge)(_row_value(field))
-    return {"low": merged, "high": merged}
-
-
-def _double(name: str) -> sa.ColumnElement[Any]:
-    """A column as a double: PostgreSQL would multiply two float4 into a float4, and sum bigints into decimals."""
-    return sa.cast(schema.stats.c[name], sa.Double)
-
-
-def _positive(name: str) -> sa.ColumnElement[Any]:
-    return sa.case((schema.stats.c[name] > 0, _double(name)))
-
-
-def in_unit(field: str, low: Floats, high: Floats, largest: Floats | float = 1.0) -> tuple[Floats, Floats]:
-    """Low and high in the field's unit, from what SQL computed; headroom is below `largest`, the format's maximum."""
+def in_unit(field: str, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """Low and high in the field's unit, from extremes of `of_rows`."""
     with np.errstate(divide="ignore", invalid="ignore"):
         if field == "scale_exp2":
-            return np.log2(low), np.log2(high)
-        if field == "sqnr_db":  # from err_sq / sum_sq: the largest is the lowest ratio
-            return -10 * np.log10(high), -10 * np.log10(low)
-        if field == "headroom":
-            return np.log2(largest) - np.log2(high), np.log2(largest) - np.log2(low)
+            return _log2(low), _log2(high)
+        if field == "spread":
+            bits = _log2(high) - _log2(low)
+            return bits, bits
     return low, high
 
 
-@dataclass(frozen=True)
-class Formats:
-    """What the slots of a run were quantised to: incarnations that do it alike share an epoch."""
-
-    epochs: dict[int, int]
-    largest: list[dict[int, float]]
-
-    def of(self, slots: Floats, epochs: Floats) -> Floats:
-        """The largest value of the format of each (slot, epoch); NaN where it is not known."""
-        pairs = zip(slots.tolist(), epochs.tolist(), strict=True)
-        return np.array([self.largest[int(epoch)].get(int(slot), math.nan) for slot, epoch in pairs])
+def _log2(values: Floats) -> Floats:
+    return np.log2(np.where(values > 0, values, np.nan))

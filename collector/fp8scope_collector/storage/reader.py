@@ -1,9 +1,9 @@
 """What the dashboard and the command line read: runs, slots, heat maps, series, scalars, raw rows.
 
-`Reader` answers in frozen values with numpy arrays, merged over ranks and over the lives of a resumed run (see
-`history`): the largest amax and ratio, the smallest headroom, the sum of counts. Long ranges come in columns of a
-power of two of steps whose smallest and largest value are both kept, so that no spike is lost. The database does the
-bucketing; no query returns more than it says.
+`Reader` answers in frozen values with numpy arrays, over all ranks and over the lives of a resumed run (see `history`).
+Long ranges come in columns of a power of two of steps whose smallest and largest value, of any rank at any of those
+steps, are both kept, so that no spike is lost. They are read from rollups where these hold the steps, and raw elsewhere
+(see `cover`); no query returns more than it says.
 
 Ratios are shares of elements, 0 to 1. A missing field, a tensor of zeros (no headroom) and a step without rows are NaN.
 """
@@ -20,9 +20,8 @@ import numpy as np
 import pyarrow as pa
 import sqlalchemy as sa
 
-from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
-from fp8scope_collector.storage import schema
+from fp8scope_collector.storage import curves, maps, schema
 from fp8scope_collector.storage.engine import StorageError, display_url, open_engine, open_stats
 from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.history import (
@@ -34,19 +33,8 @@ from fp8scope_collector.storage.history import (
     int_div,
     lives_of,
     owned_spans,
-    steps_of,
 )
-from fp8scope_collector.storage.quantities import (
-    QUANTITIES,
-    Floats,
-    Formats,
-    Ints,
-    Quantity,
-    check_fields,
-    in_unit,
-    merged_over_ranks,
-    quantity_columns,
-)
+from fp8scope_collector.storage.quantities import QUANTITIES, Floats, Ints, Quantity, check_fields, field_of
 from fp8scope_collector.storage.readmodels import (
     HeatMap,
     Progress,
@@ -61,6 +49,7 @@ from fp8scope_collector.storage.readmodels import (
     SystemState,
     Worst,
 )
+from fp8scope_collector.storage.run_view import RunView
 from fp8scope_collector.storage.stats_store import row_schema
 from fp8scope_collector.storage.system import read_configuration, read_system
 
@@ -142,6 +131,10 @@ class Reader:
 
     def slots(self, run_id: int) -> list[Slot]:
         """The slots of a run, in model order."""
+        with self._connect() as connection:
+            return self._slots(connection, run_id)
+
+    def _slots(self, connection: sa.Connection, run_id: int) -> list[Slot]:
         slot, recipe, other = schema.slot, schema.slot_recipe, schema.slot_recipe.alias()
         newest = sa.select(sa.func.max(other.c.incarnation)).where(
             other.c.run_id == slot.c.run_id, other.c.slot == slot.c.slot
@@ -152,8 +145,7 @@ class Reader:
             recipe.c.incarnation == newest.scalar_subquery(),
         )
         query = sa.select(slot, recipe.c.format, recipe.c.recipe, recipe.c.margin).outerjoin_from(slot, recipe, joined)
-        with self._connect() as connection:
-            rows = connection.execute(query.where(slot.c.run_id == run_id).order_by(slot.c.slot)).all()
+        rows = connection.execute(query.where(slot.c.run_id == run_id).order_by(slot.c.slot)).all()
         return [
             Slot(
                 slot=row.slot,
@@ -181,8 +173,7 @@ class Reader:
                 for row in connection.execute(seen.where(schema.source.c.run_id == run_id))
                 if row.finished_unix_ns is None and self._clock() - row.last_seen_unix_ns < STALE_AFTER_S * 1e9
             }
-            newest = max(lives, key=lambda life: (life.incarnation, life.last_step))
-            stride = self._stride(connection, newest)
+            stride = RunView(connection, self._store, run_id).stride
         last_step = max(life.last_step for life in lives)
         return Progress(
             first_step=min(life.first_step for life in lives),
@@ -234,75 +225,44 @@ class Reader:
         width: int | None = None,
     ) -> list[HeatMap]:
         """Several quantities as `heatmap` answers each, for the cost of one pass over the rows."""
-        extremes: list[sa.ColumnElement[Any]] = []
-        for quantity in quantities:
-            low, high = quantity_columns(quantity)
-            extremes += [sa.func.min(low), sa.func.max(high)]
-        with self._connect() as connection:
-            slots = self._numbers(connection, run_id, roles)
-            lives = lives_of(connection, run_id)
-            spans = owned_spans(lives, first_step, last_step)
-            if not spans or not slots.size:
-                nothing = np.full((2, slots.size, 0), np.nan)
-                return [HeatMap(quantity, width or 1, 0, slots, *nothing) for quantity in quantities]
-            start, end = _extent(spans)
-            if width is None:
-                width = column_width(start, end, max_columns, self._stride(connection, lives[-1]))
-            formats = self._formats(connection, run_id)
-            span = history(spans, formats.epochs)
-            column = int_div(schema.stats.c.step, width)
-            query = (
-                sa.select(column, schema.stats.c.slot, span.c.epoch, *extremes)
-                .join_from(span, schema.stats, _owned(span))
-                .where(_of_roles(run_id, roles))
-                .group_by(column, schema.stats.c.slot, span.c.epoch)
+        with self._view(run_id) as view:
+            slots = self._numbers(view.connection, run_id, roles)
+            return maps.heatmaps(
+                view,
+                quantities,
+                slots,
+                first_step=first_step,
+                last_step=last_step,
+                max_columns=max_columns,
+                width=width,
             )
-            columns, numbers, epochs, *values = _columns(connection.execute(query).all(), 3 + len(extremes))
-        first_column = start // width
-        x, y = columns.astype(np.int64) - first_column, np.searchsorted(slots, numbers.astype(np.int64))
-        shape = (slots.size, end // width - first_column + 1)
-        largest = formats.of(numbers, epochs)
-        maps = []
-        for i, quantity in enumerate(quantities):
-            lows, highs = in_unit(quantity, values[2 * i], values[2 * i + 1], largest)
-            maps.append(HeatMap(quantity, width, first_column, slots, *_scatter(shape, y, x, lows, highs)))
-        return maps
 
     def top(self, run_id: int, *, last_steps: int = 100, limit: int = 10, by: Quantity = "overflow") -> list[Worst]:
         """The tensors with the most extreme `by` within the last steps, worst first.
 
-        Largest amax or ratio above zero, smallest headroom; for scale_exp2 the largest change within those steps.
+        Largest amax, spread or ratio above zero, smallest headroom or SQNR; for scale_exp2 the largest change within
+        those steps. From 64 `last_steps` on, up to 15 more, so that they begin with a bucket.
 
         Raises:
             ValueError: the quantity is unknown.
         """
-        low, high = quantity_columns(by)
-        with self._connect() as connection:
-            lives = lives_of(connection, run_id)
-            if not lives:
+        field = field_of(by)
+        with self._view(run_id) as view:
+            if not view.lives:
                 return []
-            end = max(life.last_step for life in lives)
-            formats = self._formats(connection, run_id)
-            span = history(owned_spans(lives, end - last_steps + 1, end), formats.epochs)
-            number = schema.stats.c.slot
-            query = (
-                sa.select(number, span.c.epoch, sa.func.min(low), sa.func.max(high), sa.func.max(schema.stats.c.step))
-                .join_from(span, schema.stats, _owned(span))
-                .group_by(number, span.c.epoch)
-            )
-            numbers, epochs, lows, highs, last = _columns(connection.execute(query).all(), 5)
-        lows, highs = in_unit(by, lows, highs, formats.of(numbers, epochs))
-        badness = {"headroom": -lows, "scale_exp2": highs - lows}.get(by, highs)
-        if by != "headroom":
-            badness = np.where(badness > 0, badness, np.nan)
-        value = lows if by == "headroom" else badness
-        slots = {slot.slot: slot for slot in self.slots(run_id)}
-        worst: dict[int, Worst] = {}
-        for i in np.argsort(-badness, kind="stable"):
-            slot = slots.get(int(numbers[i]))
-            if slot and not np.isnan(badness[i]) and slot.slot not in worst and len(worst) < limit:
-                worst[slot.slot] = Worst(slot.slot, slot.layer, slot.role, float(value[i]), int(last[i]))
-        return list(worst.values())
+            end = max(life.last_step for life in view.lives)
+            start = max(0, end - last_steps + 1)
+            found = maps.Extremes(view, field, start // 16 * 16 if last_steps >= 64 else start, end)
+            slots = {slot.slot: slot for slot in self._slots(view.connection, run_id)}
+        low_is_bad = by in ("headroom", "sqnr_db")
+        value = found.low if low_is_bad else found.high - found.low if by == "scale_exp2" else found.high
+        badness = -value if low_is_bad else np.where(value > 0, value, np.nan)
+        step, rank = found.low_at if low_is_bad else found.high_at
+        worst = [int(i) for i in np.argsort(-badness, kind="stable") if not np.isnan(badness[i]) and int(i) in slots]
+        return [
+            Worst(i, slots[i].layer, slots[i].role, float(value[i]), int(found.last[i]), int(step[i]), int(rank[i]))
+            for i in worst[:limit]
+        ]
 
     def series(
         self,
@@ -314,56 +274,17 @@ class Reader:
         last_step: int = LAST_STEP,
         max_points: int = 750,
     ) -> Series:
-        """Fields of one slot, at most `max_points` entries with their minimum and maximum.
+        """Fields of one slot, at most `max_points` entries with their minimum and maximum over ranks and steps.
 
         A field is one of `FIELDS`, or scale_exp2, headroom (bits), overflow_ratio, underflow_ratio, subnormal_ratio,
-        nonfinite_ratio, sqnr_db.
+        nonfinite_ratio, sqnr_db, spread.
 
         Raises:
             ValueError: a field is unknown.
         """
         check_fields(fields)
-        with self._connect() as connection:
-            lives = lives_of(connection, run_id)
-            spans = owned_spans(lives, first_step, last_step)
-            if not spans:
-                none = np.empty(0)
-                empty = none.astype(np.int64)
-                return Series(empty, empty, empty, dict.fromkeys(fields, none), dict.fromkeys(fields, none))
-            start, end = _extent(spans)
-            width = column_width(start, end, max_points, self._stride(connection, lives[-1]))
-            formats = self._formats(connection, run_id)
-            walk = steps_of(schema.stats, history(spans, formats.epochs))
-            stats = schema.stats.c
-            known = [(walk.c.epoch == epoch, limits.get(slot)) for epoch, limits in enumerate(formats.largest)]
-            limit = sa.cast(sa.case(*known), sa.Double)
-            merged = {field: merged_over_ranks(field, limit) for field in fields}
-            here = sa.and_(stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot == slot)
-            inner = [column.label(f"{end}_{field}") for field in fields for end, column in merged[field].items()]
-            steps = (
-                sa.select(stats.step, *inner)
-                .join_from(walk, schema.stats, here)
-                .where(walk.c.step <= walk.c.last_step)
-                .group_by(stats.step)
-                .subquery()
-            )
-            outer = [
-                getattr(sa.func, "min" if side == "low" else "max")(steps.c[f"{side}_{field}"])
-                for field in fields
-                for side in ("low", "high")
-            ]
-            bucket = int_div(steps.c.step, width)
-            query = (
-                sa.select(sa.func.min(steps.c.step), sa.func.max(steps.c.step), sa.func.count(), *outer)
-                .group_by(bucket)
-                .order_by(bucket)
-            )
-            first, last, count, *values = _columns(connection.execute(query).all(), 3 + len(outer))
-        low: dict[str, Floats] = {}
-        high: dict[str, Floats] = {}
-        for i, field in enumerate(fields):
-            low[field], high[field] = in_unit(field, values[2 * i], values[2 * i + 1])
-        return Series(first.astype(np.int64), last.astype(np.int64), count.astype(np.int64), low, high)
+        with self._view(run_id) as view:
+            return curves.series(view, slot, fields, first_step=first_step, last_step=last_step, max_points=max_points)
 
     def scalars(
         self,
@@ -387,7 +308,7 @@ class Reader:
                 spans = owned_spans([life for life in reporting if life.rank == rank], first_step, last_step)
                 if not spans:
                     continue
-                width = column_width(*_extent(spans), max_points, 1)
+                width = maps.column_width(*maps.extent(spans), max_points, 1)
                 span = history(spans)
                 bucket = int_div(scalar.step, width)
                 inside = sa.and_(
@@ -444,6 +365,11 @@ class Reader:
                     yield pa.RecordBatch.from_arrays(
                         [column.cast(field.type) for column, field in zip(columns, layout, strict=True)], schema=layout
                     )
+
+    @contextlib.contextmanager
+    def _view(self, run_id: int) -> Iterator[RunView]:
+        with self._connect() as connection:
+            yield RunView(connection, self._store, run_id)
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sa.Connection]:
@@ -510,68 +436,14 @@ class Reader:
         query = sa.select(slot.slot).where(slot.run_id == run_id, slot.role.in_([*roles])).order_by(slot.slot)
         return np.array(connection.execute(query).scalars().all(), dtype=np.int64)
 
-    def _formats(self, connection: sa.Connection, run_id: int) -> Formats:
-        recipe, source = schema.slot_recipe.c, schema.source.c
-        known: dict[int, dict[int, str]] = {}
-        for incarnation, slot, name in connection.execute(
-            sa.select(recipe.incarnation, recipe.slot, recipe.format).where(recipe.run_id == run_id)
-        ):
-            known.setdefault(incarnation, {})[slot] = name
-        lives = connection.execute(sa.select(source.incarnation).where(source.run_id == run_id).distinct()).scalars()
-        maps: list[dict[int, str]] = []
-        epochs: dict[int, int] = {}
-        for incarnation in lives:
-            formats = known.get(incarnation, {})
-            if formats not in maps:
-                maps.append(formats)
-            epochs[incarnation] = maps.index(formats)
-        return Formats(epochs, [{s: FORMATS[f].max for s, f in m.items() if f in FORMATS} for m in maps])
-
-    def _stride(self, connection: sa.Connection, life: Life) -> int:
-        """The usual distance between the recorded steps of a life: the median of its last sixteen."""
-        steps = self._store.last_steps(connection, life.source_id, 17)
-        return int(np.median(-np.diff(steps))) if len(steps) > 1 else 1
-
 
 _ROW_KEY = ("incarnation", "rank", "layer", "role", "step")
-
-
-def column_width(first_step: int, last_step: int, max_columns: int, stride: int) -> int:
-    """The smallest power of two of steps, not below `stride`, that needs at most `max_columns` columns."""
-    width = 1
-    while width < stride or last_step // width - first_step // width + 1 > max_columns:
-        width *= 2
-    return width
-
-
-def _owned(span: sa.CTE) -> sa.ColumnElement[bool]:
-    stats = schema.stats.c
-    return sa.and_(stats.source_id == span.c.source_id, stats.step.between(span.c.first_step, span.c.last_step))
-
-
-def _of_roles(run_id: int, roles: Sequence[Role]) -> sa.ColumnElement[bool]:
-    if set(roles) == set(Role):
-        return sa.true()
-    slot = schema.slot.c
-    return schema.stats.c.slot.in_(sa.select(slot.slot).where(slot.run_id == run_id, slot.role.in_([*roles])))
-
-
-def _extent(spans: Sequence[Span]) -> tuple[int, int]:
-    return min(span.first_step for span in spans), max(span.last_step for span in spans)
 
 
 def _columns(rows: Sequence[Any], count: int) -> list[Floats]:
     """Rows as float64 columns, null as NaN."""
     columns = zip(*rows, strict=True) if rows else [()] * count
     return [np.array(column, dtype=np.float64) for column in columns]
-
-
-def _scatter(shape: tuple[int, int], y: Ints, x: Ints, low: Floats, high: Floats) -> tuple[Floats, Floats]:
-    """Values put into their cells, NaN elsewhere; where epochs share a cell, the extremes of both."""
-    lows, highs = np.full(shape, np.nan), np.full(shape, np.nan)
-    np.fmin.at(lows, (y, x), low)
-    np.fmax.at(highs, (y, x), high)
-    return lows, highs
 
 
 def _tags(tags_json: str) -> tuple[str, ...]:

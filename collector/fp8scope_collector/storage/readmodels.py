@@ -98,20 +98,26 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Worst:
-    """One tensor of a ranking: its most extreme value within the last steps and the last step that had it recorded."""
+    """One tensor of a ranking: its most extreme value within the last steps, and the last step that had it recorded.
+
+    `step` and `rank` say where the value was: the earliest step, then the lowest rank (of a change of scale, where it
+    was largest).
+    """
 
     slot: int
     layer: str
     role: Role
     value: float
     last_step: int
+    step: int = -1
+    rank: int = -1
 
 
 @dataclass(frozen=True)
 class Series:
     """Fields of one slot over steps; entry i stands for the recorded steps from step[i] to last[i], `count[i]` of them.
 
-    `low` and `high` have the smallest and largest value among those steps, each step's ranks merged beforehand.
+    `low` and `high` have the smallest and largest value that any rank had at any of those steps.
     """
 
     step: Ints
