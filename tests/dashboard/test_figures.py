@@ -63,7 +63,7 @@ def test_ranking_puts_nan_before_overflow_before_underflow_and_lists_a_slot_once
         a_map("underflow", [[0.5, 0.5, 0.5], [0, 0, 0], [0.1, 0.1, 0.1]]),
     ]
 
-    ranked = ranking.worst(maps, [a_slot(0), a_slot(1), a_slot(2)], recent_steps=4)
+    ranked = ranking.worst(maps, [a_slot(0), a_slot(1), a_slot(2)], recent_steps=4, limit=9)
 
     assert [(entry.slot.slot, entry.what, entry.share) for entry in ranked] == [
         (1, "NaN, Inf", 0.1),

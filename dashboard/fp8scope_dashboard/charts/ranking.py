@@ -28,22 +28,24 @@ class Worst:
     color: str
 
 
-def worst(maps: Sequence[HeatMap], slots: Sequence[Slot], recent_steps: int) -> list[Worst]:
-    """The slots that lost something, the worst kind of loss first, each slot once."""
+def worst(maps: Sequence[HeatMap], slots: Sequence[Slot], recent_steps: int, limit: int) -> list[Worst]:
+    """The slots that lost most, the worst kind of loss first, each slot once."""
     entries: list[Worst] = []
     listed: set[int] = set()
     for heatmap in maps:
         recent = -(-recent_steps // heatmap.width)
         rows = np.searchsorted(heatmap.slots, [slot.slot for slot in slots])
-        shares = heatmap.high[rows]
-        newest = np.fmax.reduce(shares[:, -recent:], axis=1, initial=np.nan)
+        newest = np.fmax.reduce(heatmap.high[rows, -recent:], axis=1, initial=np.nan)
         for i in np.argsort(-newest, kind="stable").tolist():
             slot = slots[i]
-            if newest[i] > 0 and slot.slot not in listed:
+            if not newest[i] > 0 or len(entries) == limit:
+                break
+            if slot.slot not in listed:
                 listed.add(slot.slot)
+                shares = heatmap.high[rows[i]]
                 color = "underflow" if heatmap.quantity == "underflow" else "overflow"
-                since = _since(shares[i] > 0, heatmap.steps)
-                bars = spark(_heights(shares[i]))
+                since = _since(shares > 0, heatmap.steps)
+                bars = spark(_heights(shares))
                 entries.append(Worst(slot, _WORDS[heatmap.quantity], float(newest[i]), since, bars, color))
     return entries
 

@@ -176,7 +176,7 @@ def _note(heatmap: HeatMap, first: int, last: int) -> str:
 
 def _worst(where: links.Where, maps: Mapping[Quantity, HeatMap], slots: list[Slot], steps: int) -> panel.Event | None:
     """The ranking beside the map: what the newest steps shown lost, worst first."""
-    ranked = ranking.worst([maps[quantity] for quantity in ranking.LOSSES], slots, RECENT_STEPS)[:WORST]
+    ranked = ranking.worst([maps[quantity] for quantity in ranking.LOSSES], slots, RECENT_STEPS, WORST)
     entries = [
         {
             "to": replace(where, layer=entry.slot.layer, role=entry.slot.role).to(),
