@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import sqlalchemy as sa
 import typer
@@ -298,12 +298,25 @@ def dashboard(
 ) -> None:
     """Open the dashboard (the package fp8scope-dashboard)."""
     address = parse_address("--listen", listen)
+    command = ["fp8scope_dashboard", "--db", db, "--listen", str(address)]
+    _run_of_dashboard(command if login is None else [*command, "--login", str(login)])
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's name, or project/name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
+    db: Database = DEFAULT_URL,
+) -> None:
+    """Write a run as one HTML file that needs no server (the package fp8scope-dashboard)."""
+    _run_of_dashboard(["fp8scope_dashboard.report", run, "--db", db, "--out", str(out)])
+
+
+def _run_of_dashboard(module_and_arguments: list[str]) -> NoReturn:
+    """Goes on as a module of the dashboard, which is a package of its own."""
     if importlib.util.find_spec("fp8scope_dashboard") is None:
         raise ConfigError("the dashboard is not installed; run `pip install fp8scope-dashboard`")
-    command = [sys.executable, "-m", "fp8scope_dashboard", "--db", db, "--listen", str(address)]
-    if login is not None:
-        command += ["--login", str(login)]
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [sys.executable, "-m", *module_and_arguments])
 
 
 def _print_table(found: list[RunSummary]) -> None:

@@ -21,6 +21,7 @@ from fp8scope_collector.export import Format, table_bytes
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP
 from fp8scope_collector.storage.reader import HeatMap, Reader, RunNotFound, RunSummary, Series, Slot, StorageError
 from fp8scope_dashboard import links, names, queries
+from fp8scope_dashboard.charts import panels, tensor
 
 _MEDIA_TYPES: dict[Format, str] = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 
@@ -55,10 +56,10 @@ def table(reader: Reader, where: links.Where) -> tuple[str, pa.Table]:
         series = reader.series(
             run.id,
             slot.slot,
-            queries.TENSOR_FIELDS,
+            tensor.FIELDS,
             first_step=first,
             last_step=last,
-            max_points=queries.MAX_POINTS,
+            max_points=panels.MAX_POINTS,
         )
         return f"{run.name}-{slot.layer}-{slot.role}", _series(series, run, slot)
     try:
@@ -71,7 +72,7 @@ def table(reader: Reader, where: links.Where) -> tuple[str, pa.Table]:
         roles=(where.role,) if where.role else tuple(Role),
         first_step=first,
         last_step=last,
-        max_columns=queries.MAX_COLUMNS,
+        max_columns=panels.MAX_COLUMNS,
     )
     return f"{run.name}-{where.quantity}", _heatmap(heatmap, run, shown)
 

@@ -31,20 +31,13 @@ from fp8scope_collector.storage.reader import (
     SystemState,
     Worst,
 )
+from fp8scope_dashboard.charts import panels, tensor
 from fp8scope_dashboard.charts.compare import Divergence, aligned, divergence
 from fp8scope_dashboard.collector import Service, ask
 
-MAX_COLUMNS = 500
-MAX_POINTS = 750
-TENSOR_FIELDS = (
-    *("amax", "scale_min", "scale_max", "scale_exp2", "headroom", "numel", "zeros"),
-    *("overflow", "underflow", "subnormal", "nonfinite", "sum_sq"),
-    *("overflow_ratio", "underflow_ratio", "subnormal_ratio", "sqnr_db"),
-)
-
 _NONE = np.empty(0)
 _NO_STEP = _NONE.astype(np.int64)
-_NO_VALUES = dict.fromkeys(TENSOR_FIELDS, _NONE)
+_NO_VALUES = dict.fromkeys(tensor.FIELDS, _NONE)
 NOTHING = Series(_NO_STEP, _NO_STEP, _NO_STEP, _NO_VALUES, _NO_VALUES)
 
 
@@ -107,14 +100,14 @@ def worst(_url: str, run_id: int, rows: int) -> tuple[Worst, str] | None:
 @st.cache_data(ttl=1.5, max_entries=64, show_spinner=False)
 def scalars(_url: str, run_id: int, rows: int, first_step: int, last_step: int) -> list[Scalar]:
     """The scalars of a run over a range of steps."""
-    return reader().scalars(run_id, first_step=first_step, last_step=last_step, max_points=MAX_POINTS)
+    return reader().scalars(run_id, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS)
 
 
 @st.cache_data(ttl=1.5, max_entries=256, show_spinner=False)
 def series(_url: str, run_id: int, rows: int, slot: int, first_step: int, last_step: int) -> Series:
     """Everything that is recorded about one slot over a range of steps."""
     return reader().series(
-        run_id, slot, TENSOR_FIELDS, first_step=first_step, last_step=last_step, max_points=MAX_POINTS
+        run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
     )
 
 
@@ -280,10 +273,10 @@ class LiveHeatMaps:
         whole = True
         if self._maps and before is not None and before.lives == now.lives and self._maps[0].low.shape[1]:
             width, first_column = self._maps[0].width, self._maps[0].first_column
-            whole = end // width - first_column + 1 > MAX_COLUMNS
+            whole = end // width - first_column + 1 > panels.MAX_COLUMNS
         if whole:
             self._maps = source.heatmaps(
-                self.run_id, self.quantities, first_step=self.first_step, last_step=end, max_columns=MAX_COLUMNS
+                self.run_id, self.quantities, first_step=self.first_step, last_step=end, max_columns=panels.MAX_COLUMNS
             )
         else:
             assert before is not None

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from fp8scope_collector.export import table_bytes
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_dashboard import download, queries
+from fp8scope_dashboard.charts import tensor
 
 HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:alert(1)) & "q" `c`'
 
@@ -58,9 +59,9 @@ def test_a_tensor_comes_as_parquet_with_every_field(client: TestClient, reader: 
     table = pq.read_table(io.BytesIO(answer.content))
     slots = reader.slots(reader.run("gpt").id)
     slot = next(slot for slot in slots if (slot.layer, slot.role) == ("blocks.2.mlp.fc1", "grad_output"))
-    series = reader.series(reader.run("gpt").id, slot.slot, queries.TENSOR_FIELDS)
+    series = reader.series(reader.run("gpt").id, slot.slot, tensor.FIELDS)
     assert table["step"].to_pylist() == series.step.tolist()
-    for field in queries.TENSOR_FIELDS:
+    for field in tensor.FIELDS:
         np.testing.assert_array_equal(table[f"{field}_max"].to_numpy(), series.high[field])
 
 

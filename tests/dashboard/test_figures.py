@@ -12,7 +12,7 @@ from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, Quantity, Slot
 from fp8scope_dashboard import links, names, text
 from fp8scope_dashboard.charts import overview, panels, ranking
-from fp8scope_dashboard.component import panel
+from fp8scope_dashboard.component import message, panel
 
 
 def a_slot(number: int, layer: str = "", role: Role = Role.INPUT, margin: int = 0) -> Slot:
@@ -96,28 +96,28 @@ def test_sparkline_keeps_a_single_spike_among_many_columns() -> None:
 def test_only_new_columns_travel() -> None:
     matrix = np.random.default_rng(0).normal(size=(50, 300)).astype(np.float32)
     matrix[3, :40] = np.nan
-    first = panel._sent(None, {"z": matrix}, {"title": "a"})
+    first = message.changed(None, {"z": matrix}, height=9)
     grown = np.hstack([matrix, np.ones((50, 2), np.float32)])
     grown[:, 299] = 7  # the column that was not complete
 
-    same = panel._sent(first, {"z": matrix.copy()}, {"title": "a"})
-    second = panel._sent(first, {"z": grown}, {"title": "a"})
+    same = message.changed(first, {"z": matrix.copy()}, height=9)
+    second = message.changed(first, {"z": grown}, height=9)
 
     assert (same.version, same.message) == (first.version, {"frame": None, "arrays": {}})
     assert (first.base, second.base) == (None, first.version)
     assert second.message["frame"] is None
-    message = second.message["arrays"]["z"]
-    assert (message["keep"], message["shape"]) == (299, (50, 302))
-    added = np.frombuffer(base64.b64decode(message["base64"]), np.float32).reshape(50, 3)
+    z = second.message["arrays"][".z"]
+    assert (z["keep"], z["shape"]) == (299, (50, 302))
+    added = np.frombuffer(base64.b64decode(z["base64"]), np.float32).reshape(50, 3)
     np.testing.assert_array_equal(np.hstack([matrix[:, :299], added]), grown)
 
 
 def test_another_set_of_rows_travels_whole() -> None:
-    first = panel._sent(None, {"z": np.zeros((5, 9), np.float32)}, {})
+    first = message.changed(None, {"z": np.zeros((5, 9), np.float32)}, height=9)
 
-    second = panel._sent(first, {"z": np.zeros((4, 9), np.float32)}, {})
+    second = message.changed(first, {"z": np.zeros((4, 9), np.float32)}, height=9)
 
-    assert second.message["arrays"]["z"]["keep"] == 0
+    assert second.message["arrays"][".z"]["keep"] == 0
     assert second.version != first.version
 
 
@@ -149,7 +149,7 @@ def applied(old: Any, change: dict[str, Any]) -> Any:
     ],
 )
 def test_of_a_figures_frame_only_what_changed_travels(old: Any, new: Any, sent: Any) -> None:
-    change = panel.patch(old, new)
+    change = message.patch(old, new)
 
     assert change == sent
     assert change is None or applied(old, change) == new

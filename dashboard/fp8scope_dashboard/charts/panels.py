@@ -16,6 +16,8 @@ from fp8scope_dashboard import text
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+MAX_COLUMNS = 500  # of a heat map
+MAX_POINTS = 750  # of a curve, each with its smallest and its largest value
 CHARACTER_PX = 6.3
 _BLOCK = re.compile(r"(.*?\.\d+)\.(.+)")
 

@@ -20,6 +20,12 @@ from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of,
 
 Floats = npt.NDArray[np.float64]
 
+# What `tensor_figure` and the table beside it read.
+FIELDS = (
+    *("amax", "scale_min", "scale_max", "scale_exp2", "headroom", "numel", "zeros"),
+    *("overflow", "underflow", "subnormal", "nonfinite", "sum_sq"),
+    *("overflow_ratio", "underflow_ratio", "subnormal_ratio", "sqnr_db"),
+)
 MARGIN = {"l": 78, "r": 16, "t": 22, "b": 40}
 _LINE = {"type": "scatter", "mode": "lines", "xaxis": "x", "hoverinfo": "none"}
 _STEPS = {"shape": "hv"}

@@ -54,6 +54,11 @@ def content(name: str) -> tuple[bytes, str] | None:
     return gzip.compress(_bytes(name), 5), _FILES[name][1]
 
 
+def source(name: str) -> str:
+    """A file as text, for a page that has it inside."""
+    return _bytes(name).decode()
+
+
 def prepare() -> None:
     """Reads and compresses the files now, not when the first browser waits for them."""
     for name in _FILES:

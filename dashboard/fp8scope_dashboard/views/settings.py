@@ -7,6 +7,7 @@ import os
 
 from fp8scope_collector.storage.reader import STALE_AFTER_S, StorageError
 from fp8scope_dashboard import collector, login, queries
+from fp8scope_dashboard.charts import panels
 from fp8scope_dashboard.component import panel
 from fp8scope_dashboard.views import shell
 
@@ -29,8 +30,8 @@ def view() -> None:
     fixed = [
         ("a live view asks", f"every {shell.TICK_S:g} s", "while its run has not ended"),
         ("a run is stale", f"after {STALE_AFTER_S:g} s of silence", "and running again with its next message"),
-        ("columns of a heat map", f"at most {queries.MAX_COLUMNS}", "each a power of two of steps, extremes kept"),
-        ("points of a curve", f"at most {queries.MAX_POINTS}", "extremes kept"),
+        ("columns of a heat map", f"at most {panels.MAX_COLUMNS}", "each a power of two of steps, extremes kept"),
+        ("points of a curve", f"at most {panels.MAX_POINTS}", "extremes kept"),
         ("findings read", f"at most {queries.MOST_FINDINGS} a run", "the worst and newest"),
     ]
     versions = [(name, importlib.metadata.version(name), "") for name in _PACKAGES]
