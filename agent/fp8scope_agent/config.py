@@ -122,7 +122,7 @@ def resolve(
         include=sources.texts("include", include),
         exclude=sources.texts("exclude", exclude),
         tls=tls,
-        config_json=_config_json(config),
+        config_json=config_json(config),
         tags=final_tags,
         notes=final_notes,
     )
@@ -200,17 +200,24 @@ def _number(variable: str, environ: Mapping[str, str], default: float, least: fl
     return value
 
 
-def _config_json(config: object) -> str:
-    """`config` as a JSON object: a mapping, a dataclass or an argparse.Namespace, its secrets masked."""
+def config_json(config: object, *, over: str = "") -> str:
+    """`config` as a JSON object: a mapping, a dataclass or an argparse.Namespace, its secrets masked.
+
+    Its keys replace those of `over`, an earlier result.
+
+    Raises:
+        ValueError: it is none of these, or too large.
+    """
     if config is None:
-        return ""
+        return over
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
     elif not isinstance(config, Mapping) and hasattr(config, "__dict__"):
         config = vars(config)
     if not isinstance(config, Mapping):
         raise ValueError(f"config is {config!r}; expected a mapping, a dataclass or an argparse.Namespace")
-    text = json.dumps(_plain(config), ensure_ascii=False)
+    before: dict[str, object] = json.loads(over) if over else {}
+    text = json.dumps(before | {str(key): _plain(value, str(key)) for key, value in config.items()}, ensure_ascii=False)
     if len(text) > _LONGEST_CONFIG:
         raise ValueError(
             f"config has {len(text)} characters as JSON; expected at most {_LONGEST_CONFIG}: is data in it?"

@@ -71,11 +71,17 @@ class Drain(threading.Thread):
         self._next_look = float("-inf")
         self._drops_noted: dict[str, int] = {}
         self._ending: Ending | None = None
+        self._config_json = ""  # not recorded yet
 
     @property
     def status(self) -> SenderStatus:
         """What the sender last said."""
         return self._sender.status if self._sender is not None else SenderStatus()
+
+    def configure(self, config_json: str) -> None:
+        """Record that this is the run's configuration from now on."""
+        self._config_json = config_json
+        self._ring.wake()
 
     def end(self, ending: Ending) -> None:
         """Finish: what is in the ring, the end of the source, then wait for the collector; not beyond the deadline."""
@@ -89,6 +95,7 @@ class Drain(threading.Thread):
             frame = self._ring.next(timeout_s=_LOOK_S)
             if frame is not None:
                 self._drain(frame)
+            self._record_configuration()
             ending = self._ending
             if frame is None and ending is not None:
                 break
@@ -98,6 +105,11 @@ class Drain(threading.Thread):
         self.recorder.finish(ending.failure, ending.last_step)
         self._deliver(ending.deadline)
         self.cpu_s = time.thread_time()
+
+    def _record_configuration(self) -> None:
+        config_json, self._config_json = self._config_json, ""
+        if config_json:
+            self.recorder.record_config(time.time_ns(), config_json)
 
     def _drain(self, frame: Frame) -> None:
         """Record one frame; whatever goes wrong with it costs this frame, not the next."""

@@ -108,6 +108,7 @@ class Encoder:
         scalars: Mapping[str, float],
         drops: Mapping[str, int],
         extras: Sequence[pb.Extra] = (),
+        config_json: str = "",
     ) -> bytes:
         """A serialised ClientMessage with these rows, which may be none."""
         batch = pb.StatsBatch(
@@ -118,6 +119,7 @@ class Encoder:
             scalars=[pb.Scalar(step=step, name=name, value=value) for name, value in scalars.items()],
             drops=drop_messages(drops),
             extras=extras,
+            config_json=config_json,
         )
         if len(rows.slot):
             columns = _columns(step, rows)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from .adapters.tap import Tap
+from .config import config_json
 from .drain import Drain, Ending
 from .notices import Drops, Notices, logger
 from .ring import MAX_SCALARS, Ring
@@ -48,6 +49,7 @@ class Monitor:
         addresses: tuple[str, ...],
         drops: Drops,
         notices: Notices,
+        configured: str = "",
         inspect: InspectLogger | None = None,
     ) -> None:
         self._tap = tap
@@ -57,6 +59,7 @@ class Monitor:
         self._addresses = addresses
         self._drops = drops
         self._notices = notices
+        self._config_json = configured
         self._inspect = inspect
         self._live = True
         self._failed = False
@@ -106,6 +109,21 @@ class Monitor:
         except Exception as error:
             self._drops.add("scalar_refused", len(scalars))
             self._notices.warn("log", f"scalars could not be recorded: {type(error).__name__}: {error}")
+
+    def log_config(self, config: object = None, **values: object) -> None:
+        """Add to the run's configuration what is known only after `attach`; a key that it has already is replaced.
+
+        `config` is a mapping, a dataclass or an argparse.Namespace; secrets are masked as in `attach`.
+        """
+        if not self._live:
+            return
+        try:
+            merged = config_json(values, over=config_json(config, over=self._config_json))
+        except Exception as error:
+            self._notices.warn("log_config", f"a configuration is not recorded: {error}")
+        else:
+            self._config_json = merged
+            self._drain.configure(merged)
 
     def snapshot(self) -> Snapshot:
         """The monitor's state now. Costs microseconds: it reads no file and waits for nothing."""

@@ -86,6 +86,10 @@ class Recorder:
             if self._append(Record(self.last_seq, HISTOGRAMS, len(part.slot), payload)):
                 self.histograms_recorded += len(part.slot)
 
+    def record_config(self, taken_unix_ns: int, config_json: str) -> None:
+        """Append the run's configuration, which has changed."""
+        self._record(0, taken_unix_ns, StepRows.none(), {}, (), config_json)
+
     def _record(
         self,
         step: int,
@@ -93,6 +97,7 @@ class Recorder:
         rows: StepRows,
         scalars: Mapping[str, float],
         extras: Sequence[Named],
+        config_json: str = "",
     ) -> None:
         self.last_seq += 1
         payload = self._encoder.stats(
@@ -103,6 +108,7 @@ class Recorder:
             scalars=scalars,
             drops=self._drops.totals(),
             extras=[pb.Extra(step=each.step, slot=each.slot, name=each.name, value=each.value) for each in extras],
+            config_json=config_json,
         )
         if self._append(Record(self.last_seq, STATS, len(rows.slot), payload)):
             self.rows_recorded += len(rows.slot)

@@ -115,7 +115,15 @@ def attach(
     sampler = Sampler(resolved.sampling, [slot.layer for slot in tap.slots])
     drain = Drain(ring, recorder, tap.slots_of, Summary(tap.slots), sampler, resolved, drops, notices)
     return Monitor(
-        tap, ring, drain, sampler=sampler, addresses=resolved.addresses, drops=drops, notices=notices, inspect=inspect
+        tap,
+        ring,
+        drain,
+        sampler=sampler,
+        addresses=resolved.addresses,
+        drops=drops,
+        notices=notices,
+        configured=resolved.config_json,
+        inspect=inspect,
     )
 
 

@@ -115,6 +115,7 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
             columns=values,
             scalars=_decode_scalars(message.scalars, limits),
             drops=decode_drops(message.drops, limits),
+            config_json=_json_object("config_json", message.config_json, limits.config_chars),
         )
     except RefusedError as refused:
         raise RefusedError(f"seq {message.seq}: {refused}", refused.code) from None

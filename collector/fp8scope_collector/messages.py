@@ -110,6 +110,7 @@ class Batch:
     scalars: tuple[tuple[int, str, float], ...] = ()  # (step, name, value)
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> rows
     ending: Ending | None = None
+    config_json: str = ""  # the run's configuration from here on; empty: unchanged
 
     @property
     def rows(self) -> int:

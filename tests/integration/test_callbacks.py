@@ -219,14 +219,18 @@ def test_a_lightning_run_that_fails_says_why(tmp_path: Path, database: Database)
 
 def test_a_plain_loop_can_log_what_it_knows_only_after_the_step(database: Database) -> None:
     model = fp8core.convert_to_fp8(nn.Linear(16, 16))
-    with fp8scope.attach(model, run="plain", collector=database.address) as monitor:
+    with fp8scope.attach(model, run="plain", collector=database.address, config={"lr": 0.1, "n": 1}) as monitor:
         for _ in range(3):
             model(torch.randn(4, 16)).sum().backward()
             monitor.step(loss=1.0)
         monitor.log(val_loss=torch.tensor(2.0))
         monitor.log(1, bleu=3.0)
         monitor.log(val_loss="no number")  # type: ignore[arg-type]
+        monitor.log_config({"lr": 0.2, "api_key": "hunter2"}, parameters=272)
+        monitor.log_config(object())
 
     scalars = database.ask("SELECT name, step, value FROM scalar ORDER BY name, step")
     assert scalars == [("bleu", 1, 3.0), ("loss", 0, 1.0), ("loss", 1, 1.0), ("loss", 2, 1.0), ("val_loss", 2, 2.0)]
     assert database.ask("SELECT COUNT(*) FROM stats") == [(9,)]
+    ((config,),) = database.ask("SELECT config_json FROM run")
+    assert json.loads(config) == {"lr": 0.2, "n": 1, "api_key": "***", "parameters": 272}

@@ -95,6 +95,7 @@ class StatsWriter:
             self._store.write(connection, written)
             self._cover(connection, written, locked)
             self._write_scalars(connection, written)
+            self._write_configurations(connection, written)
             self._write_drops(connection, ((batch.source.id, batch.drops) for batch in written))
             self._advance(connection, written, now_unix_ns)
             change = self._rolling.change(connection, due, written, locked)
@@ -198,6 +199,11 @@ class StatsWriter:
                     for (source_id, name, step), value in values.items()
                 ],
             )
+
+    def _write_configurations(self, connection: sa.Connection, batches: Iterable[Batch]) -> None:
+        newest = {batch.source.run_id: batch.config_json for batch in batches if batch.config_json}
+        for run_id, config_json in newest.items():
+            connection.execute(sa.update(schema.run).where(schema.run.c.id == run_id).values(config_json=config_json))
 
     def _write_drops(self, connection: sa.Connection, totals: Iterable[tuple[int, Mapping[str, int]]]) -> None:
         """Keeps the larger total: they only grow, and a heartbeat may overtake a batch."""

@@ -125,7 +125,7 @@ class Slot(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., layer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., format: _Optional[str] = ..., recipe: _Optional[str] = ..., margin: _Optional[int] = ..., module_class: _Optional[str] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ...) -> None: ...
 
 class StatsBatch(_message.Message):
-    __slots__ = ("seq", "sent_unix_ns", "rows", "compression", "columns_bytes", "columns_crc32", "columns", "scalars", "drops", "extras")
+    __slots__ = ("seq", "sent_unix_ns", "rows", "compression", "columns_bytes", "columns_crc32", "columns", "scalars", "drops", "extras", "config_json")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class StatsBatch(_message.Message):
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     DROPS_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     seq: int
     sent_unix_ns: int
     rows: int
@@ -146,7 +147,8 @@ class StatsBatch(_message.Message):
     scalars: _containers.RepeatedCompositeFieldContainer[Scalar]
     drops: _containers.RepeatedCompositeFieldContainer[Drop]
     extras: _containers.RepeatedCompositeFieldContainer[Extra]
-    def __init__(self, seq: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ..., rows: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., columns_bytes: _Optional[int] = ..., columns_crc32: _Optional[int] = ..., columns: _Optional[bytes] = ..., scalars: _Optional[_Iterable[_Union[Scalar, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ..., extras: _Optional[_Iterable[_Union[Extra, _Mapping]]] = ...) -> None: ...
+    config_json: str
+    def __init__(self, seq: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ..., rows: _Optional[int] = ..., compression: _Optional[_Union[Compression, str]] = ..., columns_bytes: _Optional[int] = ..., columns_crc32: _Optional[int] = ..., columns: _Optional[bytes] = ..., scalars: _Optional[_Iterable[_Union[Scalar, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ..., extras: _Optional[_Iterable[_Union[Extra, _Mapping]]] = ..., config_json: _Optional[str] = ...) -> None: ...
 
 class StatsColumns(_message.Message):
     __slots__ = ("step", "slot", "amax", "scale_min", "scale_max", "numel", "zeros", "overflow", "underflow", "subnormal", "nonfinite", "sum_sq", "err_sq")
