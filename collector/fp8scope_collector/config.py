@@ -49,7 +49,6 @@ class ServeConfig:
     db: str
     grpc: Address
     metrics: Address
-    stats: str | None = None  # where statistics are, if not in `db`
     tokens: bool = False  # agents have to show one
     tls: TlsFiles | None = None  # agents have to use TLS
     guard_metrics: bool = False  # /metrics too is for TLS and tokens only

@@ -43,7 +43,7 @@ def prune_command(
     progress = Progress("deleting", "rows")
     pruned = retention.prune(
         engine,
-        open_stats(None, engine),
+        open_stats(engine),
         older_than_ns=seconds * 10**9,
         now_unix_ns=time.time_ns(),
         actor=audit_log.this_user(),
@@ -79,7 +79,7 @@ def delete_command(
     progress = Progress(f"deleting {found.ref}", "rows")
     rows = retention.delete_run(
         engine,
-        open_stats(None, engine),
+        open_stats(engine),
         found.id,
         now_unix_ns=time.time_ns(),
         actor=audit_log.this_user(),

@@ -176,5 +176,5 @@ def open_run(url: str, ref: str, *, clock: Callable[[], int] = time.time_ns) -> 
     last_step = progress.settled_step if progress else -1
     silent_s = (clock() - summary.last_seen_unix_ns) / 1e9 if summary.state == "stale" else 0.0
     engine = open_engine(url, read_only=True)
-    rows = RunRows(reader, engine, open_stats(None, engine), summary.id, tuple(reader.slots(summary.id)))
+    rows = RunRows(reader, engine, open_stats(engine), summary.id, tuple(reader.slots(summary.id)))
     return StoredRun(summary, rows, last_step, silent_s if silent_s <= GIVEN_UP_S else 0.0)

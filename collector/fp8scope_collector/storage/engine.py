@@ -9,6 +9,7 @@ Tables change by alembic (`migrations/`). `migrate` is what `fp8scope serve` run
 
 from __future__ import annotations
 
+import importlib.util
 import sqlite3
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from fp8scope_collector.storage.stats_store import StatsStore
 DEFAULT_URL = "sqlite:///fp8scope.db"
 BUSY_TIMEOUT_S = 5.0
 _MIGRATION_LOCK = 0x66703873636F7065  # "fp8scope": the advisory lock that one migrating collector holds on PostgreSQL
+_STATS_PACKAGES = {"chdb": "chdb", "clickhouse": "clickhouse_connect"}  # by kind of URL
 _POSTGRESQL_DEFAULTS = {  # libpq: notice a dead server in seconds, not hours
     "application_name": "fp8scope",
     "connect_timeout": "5",
@@ -51,6 +53,8 @@ def open_engine(url: str, *, read_only: bool = False) -> sa.Engine:
             are missing, older or newer than this version's.
     """
     parsed = _parse_url(url)
+    stats = parsed.query.get("stats")
+    parsed = parsed.difference_update_query(["stats"])
     engine = (
         _sqlite_engine(parsed, read_only) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed, read_only)
     )
@@ -64,19 +68,34 @@ def open_engine(url: str, *, read_only: bool = False) -> sa.Engine:
     except sa.exc.DBAPIError as error:
         engine.dispose()
         raise StorageError(f"cannot open database {display_url(engine.url)}: {_reason(error)}") from error
+    engine.update_execution_options(fp8scope_stats=stats)
     return engine
 
 
-def open_stats(url: str | None, engine: sa.Engine) -> StatsStore:
-    """Where the statistics are: at `url`, or without one in the database of `engine`.
+def open_stats(engine: sa.Engine) -> StatsStore:
+    """Where the statistics are: where `?stats=` of the database's URL said, or else in the database itself.
 
     Raises:
-        StorageError: the URL is of a database that cannot hold them.
+        StorageError: the URL is malformed, of a database that cannot hold them, or needs a package that is missing.
     """
+    url = engine.get_execution_options()["fp8scope_stats"]
     if url is None:
         return SqlStats(engine.dialect.name)
-    kind = url.partition(":")[0]
-    raise StorageError(f"statistics cannot be in a database of kind {kind!r}; leave it out to keep them in --db")
+    expected = "expected chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:8123/DATABASE"
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise StorageError(f"stats={url!r} in the database's URL is malformed; {expected}") from None
+    if (kind := parsed.drivername) not in _STATS_PACKAGES or not parsed.database:
+        raise StorageError(f"stats={parsed.render_as_string()!r} in the database's URL is no such URL; {expected}")
+    if (
+        importlib.util.find_spec(_STATS_PACKAGES[kind]) is None
+        or importlib.util.find_spec("clickhouse_connect") is None
+    ):
+        raise StorageError(f"statistics in {kind} need a package: run `pip install 'fp8scope-collector[{kind}]'`")
+    from fp8scope_collector.storage.clickhouse import ClickHouseStats  # the package is an extra
+
+    return ClickHouseStats(parsed)
 
 
 def migrate(engine: sa.Engine) -> None:

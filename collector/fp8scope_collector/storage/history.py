@@ -124,6 +124,11 @@ def _int_div(element: int_div, compiler: SQLCompiler, **options: Any) -> str:
     return f"({compiler.process(element.numerator, **options)} / {element.denominator:d})"
 
 
+@compiles(int_div, "clickhousedb")
+def _int_div_of_clickhouse(element: int_div, compiler: SQLCompiler, **options: Any) -> str:
+    return f"intDiv({compiler.process(element.numerator, **options)}, {element.denominator:d})"
+
+
 def without(interval: tuple[int, int], holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """What is left of an interval of integers, both ends included, when `holes` are cut out of it."""
     pieces = [interval]

@@ -82,9 +82,9 @@ class Reader:
         StorageError: the database is missing, empty, unreachable or of another version.
     """
 
-    def __init__(self, url: str, *, stats: str | None = None, clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], int] = time.time_ns) -> None:
         self._engine = open_engine(url, read_only=True)
-        self._store = open_stats(stats, self._engine)
+        self._store = open_stats(self._engine)
         self._clock = clock
 
     @property
@@ -94,6 +94,7 @@ class Reader:
 
     def close(self) -> None:
         """Closes the connections."""
+        self._store.close()
         self._engine.dispose()
 
     def runs(self) -> list[RunSummary]:

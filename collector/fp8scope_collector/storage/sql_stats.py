@@ -97,6 +97,9 @@ class SqlStats:
                     arrays = [pa.array(column, type=field.type) for column, field in zip(values, layout, strict=True)]
                     yield pa.RecordBatch.from_arrays(arrays, schema=layout)
 
+    def close(self) -> None:
+        """Nothing: the engine is the caller's."""
+
 
 # SQLite
 

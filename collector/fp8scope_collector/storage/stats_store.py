@@ -71,6 +71,10 @@ class StatsStore(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Closes what it has opened; it opens it again if it is used again."""
+        ...
+
 
 def row_schema(fields: Sequence[str]) -> pa.Schema:
     """The layout of `StatsStore.rows`: source_id, step, slot, then the fields; null is NaN or absent."""

@@ -23,6 +23,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import schema, tokens
+from fp8scope_collector.storage.engine import StorageError
 from fp8scope_collector.storage.findings import FindingsNow, findings_now
 from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
@@ -52,6 +53,8 @@ class Seen:
 
 def is_transient(error: Exception) -> bool:
     """Whether the database failed (locked, full, gone, restarting) and not what was written to it."""
+    if isinstance(error, StorageError):  # of a store of statistics beside the database
+        return True
     original = error.orig if isinstance(error, sa.exc.DBAPIError) else error
     of_the_values = (sqlite3.IntegrityError, sqlite3.DataError, psycopg.IntegrityError, psycopg.DataError)
     return isinstance(original, (sqlite3.Error, psycopg.Error, sa.exc.TimeoutError)) and not isinstance(

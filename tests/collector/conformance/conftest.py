@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
@@ -23,12 +25,21 @@ class Kept:
     writer: StatsWriter
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "chdb", "clickhouse"])
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kept]:
-    sqlite = request.param == "sqlite"
-    engine = open_engine(f"sqlite:///{tmp_path}/test.db" if sqlite else request.getfixturevalue("postgres_url"))
+    url = f"sqlite:///{tmp_path}/test.db"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres_url")
+    if request.param == "chdb":
+        url += f"?stats=chdb:///{tmp_path}/stats"
+    if request.param == "clickhouse":
+        if not (server := os.environ.get("FP8SCOPE_CLICKHOUSE_URL")):
+            pytest.skip("FP8SCOPE_CLICKHOUSE_URL names no server")
+        url += f"?stats={quote(server)}"
+    engine = open_engine(url)
     migrate(engine)
-    store = open_stats(None, engine)
+    store = open_stats(engine)
     store.migrate()
     yield Kept(engine, store, StatsWriter(engine, store))
+    store.close()
     engine.dispose()

@@ -1,0 +1,296 @@
+"""Statistics in ClickHouse, or in chDB, which is ClickHouse inside this process; everything else stays relational.
+
+Both speak the same SQL through clickhouse-connect. A row has its batch's number, so that the data itself says what is
+there: a batch comes again after a crash between ClickHouse's insert and the relational commit, and is looked up before
+it is written (docs/adr/0035). Blocks are large, each touches one partition and carries a token; what two collectors on
+both sides of a partition may still write twice is one row when it is read (`final`).
+
+Rows are ordered by run, blocks of 256 steps, slot, source, step: one tensor's window is a few granules, and so is the
+newest window of all tensors (docs/adr/0036). The tables are made by `clickhouse_ddl`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import sqlalchemy as sa
+from clickhouse_connect.driver.exceptions import ClickHouseError
+
+from fp8core.records import FIELDS
+from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.clickhouse_ddl import (
+    RUNS_A_PARTITION,
+    STATS,
+    STATS_STEP,
+    STEPS_A_BLOCK,
+    create_tables,
+    local,
+    missing_columns,
+)
+from fp8scope_collector.storage.engine import StorageError
+from fp8scope_collector.storage.history import Span, int_div
+from fp8scope_collector.storage.stats_store import row_schema
+
+_KEY = ("run_id", "source_id", "step", "slot", "seq")
+_stats = sa.table(
+    STATS, *(sa.column(name, sa.BigInteger) for name in _KEY), *(sa.column(field.name) for field in FIELDS)
+)
+_stats_step = sa.table(STATS_STEP, *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "step")))
+_SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
+_FIRST_ROWS = 64  # batches whose first row is looked up in one query
+
+
+class ClickHouseStats:
+    """The tables `stats` and `stats_step` of one ClickHouse database or chDB folder; see `StatsStore`.
+
+    Nothing is opened before it is needed: what only reads rollups works while a collector has the chDB folder.
+    """
+
+    group_rows = 163_840  # small inserts cost ClickHouse merges
+    pause_s = 0.2
+
+    def __init__(self, url: sa.URL) -> None:
+        """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
+        self.cluster = str(url.query["cluster"]) if "cluster" in url.query else None
+        self._folder = Path(str(url.database)).absolute() if url.get_backend_name() == "chdb" else None
+        self._shown = url.render_as_string(hide_password=True)
+        self._engine = sa.create_engine(
+            sa.URL.create("clickhousedb", database="default").update_query_dict(
+                {"interface": "chdb", "path": str(self._folder)}
+            )
+            if self._folder
+            else url.set(drivername="clickhousedb").difference_update_query(["cluster"])
+        )
+        self._written: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()  # highest seq known stored
+
+    def migrate(self) -> None:
+        """Creates the tables, and adds columns that this version has and they have not."""
+        if self._folder:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with self._client() as client:
+            for statement in create_tables(self.cluster):
+                client.command(statement)
+            for table in dict.fromkeys((local(STATS, self.cluster), STATS)):
+                known = {row[0] for row in client.query(f"DESCRIBE TABLE {table}").result_rows}
+                for statement in missing_columns(table, self.cluster, known):
+                    client.command(statement)
+
+    def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
+        """Writes what is not there yet: durable when it returns, whatever becomes of the caller's transaction."""
+        batches = [batch for batch in batches if batch.rows]
+        if not batches:
+            return
+        with self._client() as client:
+            self._look_up(client, [batch for batch in batches if batch.source not in self._written])
+            new = [batch for batch in batches if batch.seq > self._written[batch.source]]
+            parts: dict[int, list[Batch]] = {}
+            for batch in new:
+                parts.setdefault(batch.source.run_id // RUNS_A_PARTITION, []).append(batch)
+            try:
+                for part in parts.values():
+                    self._insert(client, STATS, _rows(part), _token(part))
+                self._insert(client, STATS_STEP, _steps(batches), _token(batches))
+            except BaseException:
+                for batch in new:  # who knows: looked up again before the next attempt
+                    self._written.pop(batch.source, None)
+                raise
+            for batch in new:
+                self._written[batch.source] = batch.seq
+
+    def delete(self, connection: sa.Connection, source_ids: Sequence[int]) -> None:
+        """Removes everything of these sources, and gives its space back before it returns."""
+        if source_ids:
+            runs = self._runs(connection, source_ids)
+            for table in (_stats, _stats_step):
+                which = sa.and_(table.c.run_id.in_(sorted(set(runs.values()))), table.c.source_id.in_(list(source_ids)))
+                self._change(table.name, "ALTER TABLE {} DELETE WHERE {}", which, {"mutations_sync": 2})
+
+    def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> int:
+        """Removes the source's rows of the steps below `below_step`; their space comes back with the next merges."""
+        span = Span(source_id, 0, 0, below_step - 1)
+        if not (runs := self._runs(connection, [source_id])) or below_step <= 0:
+            return 0
+        which = _within(runs[source_id], span)
+        with self._client() as client:
+            count = sa.select(sa.func.count()).select_from(_stats).where(which)
+            rows = int(client.query(self._sql(count), settings={"final": 1}).result_rows[0][0])
+        if rows:
+            self._change(STATS, "DELETE FROM {} WHERE {}", which, {"lightweight_deletes_sync": 2})
+            old = sa.and_(_stats_step.c.source_id == source_id, _stats_step.c.step < below_step)
+            self._change(STATS_STEP, "DELETE FROM {} WHERE {}", old, {"lightweight_deletes_sync": 2})
+        return rows
+
+    def last_steps(self, connection: sa.Connection, source_id: int, count: int) -> list[int]:
+        """The newest `count` recorded steps of a source, descending, from the narrow table of steps."""
+        step = _stats_step.c.step
+        query = sa.select(step).distinct().where(_stats_step.c.source_id == source_id).order_by(step.desc())
+        with self._client() as client:
+            return [row[0] for row in client.query(self._sql(query.limit(count))).result_rows]
+
+    def steps(self, connection: sa.Connection, spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """The recorded steps of the spans as (source id, step), from the narrow table of steps."""
+        if not spans:
+            return []
+        table = _stats_step.c
+        inside = [
+            sa.and_(table.source_id == span.source_id, table.step.between(span.first_step, span.last_step))
+            for span in spans
+        ]
+        query = sa.select(table.source_id, table.step).distinct().where(sa.or_(*inside))
+        with self._client() as client:
+            return [(source_id, step) for source_id, step in client.query(self._sql(query)).result_rows]
+
+    def rows(
+        self,
+        connection: sa.Connection,
+        spans: Sequence[Span],
+        fields: Sequence[str],
+        *,
+        slots: Sequence[int] | None = None,
+        batch_rows: int = 50_000,
+    ) -> Iterator[pa.RecordBatch]:
+        """The spans' rows, a query for each; of rows that are there twice the one of the later batch."""
+        layout = row_schema(fields)
+        runs = self._runs(connection, [span.source_id for span in spans])
+        settings = {"final": 1, "max_block_size": batch_rows, "max_bytes_before_external_sort": _SORT_BYTES}
+        for span in spans:
+            if span.source_id not in runs:
+                continue
+            query = sa.select(*(_stats.c[name] for name in layout.names)).where(_within(runs[span.source_id], span))
+            if slots is not None:
+                query = query.where(_stats.c.slot.in_(list(slots)))
+            query = query.order_by(_stats.c.step, _stats.c.slot)
+            with self._client() as client, client.query_arrow_stream(self._sql(query), settings=settings) as blocks:
+                for block in blocks:
+                    table = pa.table(block) if not isinstance(block, pa.RecordBatch) else pa.Table.from_batches([block])
+                    yield from table.cast(layout).to_batches(max_chunksize=batch_rows)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._engine.dispose()
+
+    def _look_up(self, client: Any, batches: Sequence[Batch]) -> None:
+        """Learns which of these batches, the first that their sources bring us, are stored already.
+
+        A batch is stored whole or not at all, in one part, so its first row says it; a later number in that row means
+        that a later batch replaced it.
+        """
+        for batch in batches:
+            self._written.setdefault(batch.source, 0)
+        row = _stats.c
+        key = sa.tuple_(row.run_id, int_div(row.step, STEPS_A_BLOCK), row.slot, row.source_id, row.step)
+        for start in range(0, len(batches), _FIRST_ROWS):
+            some = batches[start : start + _FIRST_ROWS]
+            firsts = {
+                (batch.source.id, int(batch.step[0]), int(batch.source.run_slot[batch.slot[0]])): batch
+                for batch in some
+            }
+            keys = [
+                (batch.source.run_id, step // STEPS_A_BLOCK, slot, source_id, step)
+                for (source_id, step, slot), batch in firsts.items()
+            ]
+            query = sa.select(row.source_id, row.step, row.slot, sa.func.max(row.seq)).where(key.in_(keys))
+            query = query.group_by(row.source_id, row.step, row.slot)
+            stored = {(*found[:3],): found[3] for found in client.query(self._sql(query)).result_rows}
+            for batch in some:
+                first = (batch.source.id, int(batch.step[0]), int(batch.source.run_slot[batch.slot[0]]))
+                if stored.get(first, 0) >= batch.seq:
+                    self._written[batch.source] = max(self._written[batch.source], batch.seq)
+
+    def _insert(self, client: Any, table: str, rows: pa.Table, token: str) -> None:
+        """One block: on return it is on disk, and the same token again changes nothing."""
+        settings = {"insert_deduplication_token": f"{table} {token}", "async_insert": 0}
+        if self.cluster:
+            settings |= {"distributed_foreground_insert": 1}
+        client.insert_arrow(table, rows, settings=settings)
+
+    def _change(self, table: str, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
+        where = f"{local(table, self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else table
+        with self._client() as client:
+            client.command(statement.format(where, self._sql(which)), settings=settings)
+
+    def _runs(self, connection: sa.Connection, source_ids: Sequence[int]) -> dict[int, int]:
+        """The run of each source."""
+        source = schema.source.c
+        query = sa.select(source.id, source.run_id).where(source.id.in_(list(set(source_ids))))
+        return {row.id: row.run_id for row in connection.execute(query)}
+
+    def _sql(self, element: sa.ClauseElement) -> str:
+        return str(element.compile(dialect=self._engine.dialect, compile_kwargs={"literal_binds": True}))
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Any]:
+        """clickhouse-connect's client of a pooled connection; what ClickHouse says is wrong is a `StorageError`."""
+        try:
+            connection = self._engine.connect()
+        except (ClickHouseError, sa.exc.DBAPIError) as error:
+            raise self._unavailable(error) from error
+        with connection:
+            try:
+                yield connection.connection.driver_connection.client  # type: ignore[union-attr]  # the dialect's
+            except ClickHouseError as error:
+                raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> StorageError:
+        if self._folder and "EmbeddedServer" in str(error):
+            return StorageError(
+                f"statistics in {self._shown} cannot be opened: a chDB folder belongs to one process at a time, and "
+                "one has it, most likely a collector. Stop it, or keep statistics where several processes can read "
+                "them: SQLite, PostgreSQL, or a ClickHouse server"
+            )
+        return StorageError(f"statistics in {self._shown} cannot be used: {' '.join(str(error).split())}")
+
+
+def _within(run_id: int, span: Span) -> sa.ColumnElement[bool]:
+    """The rows of a span; the block of steps is said apart, as ClickHouse does not conclude it from the steps."""
+    row = _stats.c
+    first, last = span.first_step, span.last_step
+    return sa.and_(
+        row.run_id == run_id,
+        int_div(row.step, STEPS_A_BLOCK).between(first // STEPS_A_BLOCK, last // STEPS_A_BLOCK),
+        row.source_id == span.source_id,
+        row.step.between(first, last),
+    )
+
+
+def _rows(batches: Sequence[Batch]) -> pa.Table:
+    """The batches' rows as one Arrow table; NaN and absent columns are null."""
+    sizes = [batch.rows for batch in batches]
+    columns = {
+        "run_id": pa.array(np.repeat([batch.source.run_id for batch in batches], sizes)),
+        "source_id": pa.array(np.repeat([batch.source.id for batch in batches], sizes)),
+        "step": pa.array(np.concatenate([batch.step for batch in batches])),
+        "slot": pa.array(np.concatenate([batch.source.run_slot[batch.slot] for batch in batches]).astype(np.int32)),
+        "seq": pa.array(np.repeat([batch.seq for batch in batches], sizes)),
+    }
+    for field in FIELDS:
+        dtype = "int64" if field.dtype == "uint64" else field.dtype
+        columns[field.name] = pa.chunked_array(
+            [
+                pa.array(batch.columns[field.name], from_pandas=dtype != "int64")
+                if field.name in batch.columns
+                else pa.nulls(batch.rows, pa.from_numpy_dtype(np.dtype(dtype)))
+                for batch in batches
+            ]
+        ).combine_chunks()
+    return pa.table(columns)
+
+
+def _steps(batches: Sequence[Batch]) -> pa.Table:
+    """Which steps the batches have, each once."""
+    pairs = {(batch.source.run_id, batch.source.id, int(step)) for batch in batches for step in np.unique(batch.step)}
+    columns = zip(*sorted(pairs), strict=True)
+    return pa.table({name: list(column) for name, column in zip(("run_id", "source_id", "step"), columns, strict=True)})
+
+
+def _token(batches: Sequence[Batch]) -> str:
+    """The same for the same batches, whoever brings them."""
+    return hashlib.sha256(repr([(batch.source.id, batch.seq) for batch in batches]).encode()).hexdigest()
