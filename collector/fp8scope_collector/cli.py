@@ -285,6 +285,16 @@ def ack(
     )
 
 
+@app.command("clickhouse-ddl")
+def clickhouse_ddl(
+    cluster: Annotated[str | None, typer.Option(help="A cluster's name: sharded and replicated tables.")] = None,
+) -> None:
+    """Print the SQL of ClickHouse's tables, which a collector creates itself where it may."""
+    from fp8scope_collector.storage.clickhouse_ddl import create_tables
+
+    typer.echo("\n\n".join(f"{statement};" for statement in create_tables(cluster)))
+
+
 @app.command()
 def dashboard(
     db: Database = DEFAULT_URL,

@@ -9,13 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
+import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 
-from fp8scope_collector.storage.engine import open_engine
+from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.engine import open_engine, open_stats
+from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
+from fp8scope_collector.storage.stats_store import row_schema
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 RANKS = 3
@@ -57,11 +63,20 @@ class Agent(threading.Thread):
             self.up_to_seq = max(self.up_to_seq, stream.up_to_seq)
 
 
+@pytest.fixture(params=["sqlite", "postgresql", "chdb"])
+def stats_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database of this test's own, on each engine for statistics."""
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("postgres_url"))
+    stats = f"?stats=chdb:///{tmp_path}/stats" if request.param == "chdb" else ""
+    return f"sqlite:///{tmp_path}/test.db{stats}"
+
+
 @pytest.mark.parametrize("seed", [1])
 def test_kill_9_loses_no_acknowledged_row_and_doubles_none(
-    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, database_url: str, seed: int
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, stats_url: str, seed: int
 ) -> None:
-    _kill_under_load(start_collector, connect, wire, database_url, seed, 3, [])
+    _kill_under_load(start_collector, connect, wire, stats_url, seed, 3, [])
 
 
 @pytest.mark.slow
@@ -70,12 +85,12 @@ def test_kill_9_many_times(
     start_collector: Callable[..., Any],
     connect: Callable[..., Any],
     wire: Any,
-    database_url: str,
+    stats_url: str,
     seed: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     restarts_s: list[float] = []
-    _kill_under_load(start_collector, connect, wire, database_url, seed, 10, restarts_s)
+    _kill_under_load(start_collector, connect, wire, stats_url, seed, 10, restarts_s)
     with capsys.disabled():
         print(f"\n{len(restarts_s)} starts: median {statistics.median(restarts_s):.2f} s, max {max(restarts_s):.2f} s")
 
@@ -124,28 +139,39 @@ def _kill_under_load(
     for agent in agents:
         agent.join(30)
         assert not agent.is_alive(), "not everything was acknowledged in the end"
+    assert collector.terminate() == 0
     _check(url, [range(1, (agent.last_seq or 0) + 1) for agent in agents], exactly=True)
 
 
 def _check(url: str, expected: list[range], *, exactly: bool) -> None:
-    """All steps of each rank are in the database with all their slots and the values that were sent."""
+    """All steps of each rank are stored with all their slots and the values that were sent."""
     engine = open_engine(url, read_only=True)
+    store = open_stats(engine)
+    source = schema.source.c
     with engine.connect() as connection:
-        sql = (
-            "SELECT s.rank, step, count(*), count(DISTINCT slot), max(amax), s.up_to_seq, s.rows"
-            " FROM stats JOIN source s ON s.id = source_id GROUP BY s.id, s.rank, step, s.up_to_seq, s.rows"
-        )
-        found = connection.execute(sa.text(sql)).all()
+        query = sa.select(source.id, source.rank, source.up_to_seq, source.rows)
+        marks = {row.rank: row for row in connection.execute(query)}
+        own: dict[int, pa.Table] = {}
+        for rank, mark in marks.items():
+            span = Span(mark.id, 1, FIRST_STEP, LAST_STEP)
+            batches = list(store.rows(connection, [span], ["amax"]))
+            own[rank] = pa.Table.from_batches(batches, row_schema(["amax"]))
+    store.close()
     engine.dispose()
     for rank, steps in enumerate(expected):
-        own = {row.step: row for row in found if row.rank == rank}
-        assert set(steps) <= set(own), f"rank {rank} lost steps {set(steps) - set(own)}"
+        step, slot, amax = (own[rank][name].to_numpy() for name in ("step", "slot", "amax"))
+        found = np.unique(step)
+        assert set(steps) <= set(found.tolist()), f"rank {rank} lost steps {set(steps) - set(found.tolist())}"
+        assert len(found) == found.max() == len(step) // SLOTS
+        np.testing.assert_array_equal(step, np.repeat(found, SLOTS))
+        np.testing.assert_array_equal(slot, np.tile(np.arange(SLOTS), len(found)))
+        np.testing.assert_array_equal(amax, step * 64 + slot)
+        mark = marks[rank]
+        assert mark.rows == SLOTS * mark.up_to_seq
         if exactly:
-            assert set(own) == set(steps)
-        for step, row in own.items():
-            assert tuple(row)[2:5] == (SLOTS, SLOTS, step * 64 + SLOTS - 1), (rank, step)
-        marks = {(row.up_to_seq, row.rows) for row in own.values()}
-        assert marks == {(max(own), SLOTS * len(own))}, "watermark and rows are committed together"
+            assert found.tolist() == list(steps)
+        if exactly or "stats=" not in url:
+            assert mark.up_to_seq == found.max(), "watermark and rows are committed together"
 
 
 def test_connections_that_postgresql_cuts_lose_nothing(

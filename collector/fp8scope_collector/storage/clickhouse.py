@@ -2,11 +2,11 @@
 
 Both speak the same SQL through clickhouse-connect. A row has its batch's number, so that the data itself says what is
 there: a batch comes again after a crash between ClickHouse's insert and the relational commit, and is looked up before
-it is written (docs/adr/0035). Blocks are large, each touches one partition and carries a token; what two collectors on
+it is written (docs/adr/0036). Blocks are large, each touches one partition and carries a token; what two collectors on
 both sides of a partition may still write twice is one row when it is read (`final`).
 
 Rows are ordered by run, blocks of 256 steps, slot, source, step: one tensor's window is a few granules, and so is the
-newest window of all tensors (docs/adr/0036). The tables are made by `clickhouse_ddl`.
+newest window of all tensors (docs/adr/0037). The tables are made by `clickhouse_ddl`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,220 @@
+"""What is ClickHouse's own: its tables, blocks and tokens, chDB's one process, and what a cluster would be told."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import sqlalchemy as sa
+
+import fp8scope_collector
+from fp8core.records import FIELDS
+from fp8scope_collector.decode import decode_open, decode_stats
+from fp8scope_collector.limits import Limits
+from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.storage.clickhouse import ClickHouseStats
+from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns
+from fp8scope_collector.storage.engine import StorageError, migrate, open_engine, open_stats
+from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span, int_div
+from fp8scope_collector.storage.writer import StatsWriter
+
+
+@dataclass
+class Beside:
+    """A SQLite database whose statistics are in chDB."""
+
+    url: str
+    engine: sa.Engine
+    store: ClickHouseStats
+    source: Source
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        with self.store._client() as client:
+            return [tuple(row) for row in client.query(statement).result_rows]
+
+    def write(self, *batches: Batch) -> None:
+        with self.engine.connect() as connection:
+            self.store.write(connection, batches)
+
+    def amax(self) -> list[float]:
+        span = Span(self.source.id, 1, FIRST_STEP, LAST_STEP)
+        with self.engine.connect() as connection:
+            return [v for b in self.store.rows(connection, [span], ["amax"]) for v in b["amax"].to_pylist()]
+
+
+@pytest.fixture
+def chdb(tmp_path: Path, wire: Any) -> Iterator[Beside]:
+    url = f"sqlite:///{tmp_path}/test.db?stats=chdb:///{tmp_path}/stats"
+    engine = open_engine(url)
+    migrate(engine)
+    store = open_stats(engine)
+    assert isinstance(store, ClickHouseStats)
+    store.migrate()
+    source = StatsWriter(engine, store).register(decode_open(wire.open(), Limits()), now_unix_ns=1)
+    yield Beside(url, engine, store, source)
+    store.close()
+    engine.dispose()
+
+
+def test_a_group_is_one_part_and_its_token_a_second_time_changes_nothing(chdb: Beside, wire: Any) -> None:
+    chdb.sql("SYSTEM STOP MERGES")
+    group = [decode_stats(wire.stats(seq, wire.columns(seq)), chdb.source, Limits()) for seq in (1, 2, 3)]
+
+    for _ in range(2):
+        chdb.write(*group)
+        chdb.store._written.clear()  # as another collector would: it knows nothing
+    parts = "SELECT rows FROM system.parts WHERE active AND table = 'stats'"
+    assert chdb.sql(parts) == [(18,)]
+
+    chdb.store._look_up = lambda client, batches: [  # type: ignore[method-assign]  # nor does it look
+        chdb.store._written.setdefault(batch.source, 0) for batch in batches
+    ]
+    chdb.write(*group)
+    assert chdb.sql(parts) == [(18,)]
+
+
+def test_what_two_collectors_wrote_twice_is_read_once(chdb: Beside, wire: Any) -> None:
+    batches = [decode_stats(wire.stats(seq, wire.columns(seq)), chdb.source, Limits()) for seq in (1, 2)]
+    chdb.sql("SYSTEM STOP MERGES")
+    chdb.write(*batches)
+    once = chdb.amax()
+
+    chdb.store._look_up = lambda client, batches: [  # type: ignore[method-assign]  # before the other's was to be seen
+        chdb.store._written.setdefault(batch.source, 0) for batch in batches
+    ]
+    chdb.store._written.clear()
+    chdb.write(batches[1])
+
+    assert chdb.sql("SELECT count() FROM stats") == [(18,)]
+    assert chdb.amax() == once
+    assert len(once) == 12
+
+
+def test_a_batch_whose_rows_a_later_one_replaced_is_still_known(chdb: Beside, wire: Any) -> None:
+    first, later = (decode_stats(wire.stats(seq, wire.columns(1)), chdb.source, Limits()) for seq in (1, 2))
+    chdb.write(first, later)
+    chdb.store._written.clear()
+
+    chdb.write(first)
+
+    assert chdb.sql("SELECT min(seq), max(seq) FROM stats FINAL") == [(2, 2)]
+
+
+def test_runs_of_two_partitions_are_two_inserts(chdb: Beside, wire: Any) -> None:
+    far = dataclasses.replace(chdb.source, id=77, run_id=1234)
+    batches = [decode_stats(wire.stats(1, wire.columns(1)), source, Limits()) for source in (chdb.source, far)]
+
+    chdb.write(*batches)
+
+    parts = "SELECT partition, rows FROM system.parts WHERE active AND table = 'stats' ORDER BY partition"
+    assert chdb.sql(parts) == [("0", 6), ("12", 6)]
+
+
+def test_a_column_that_an_older_version_did_not_have_is_added(chdb: Beside) -> None:
+    chdb.sql("ALTER TABLE stats DROP COLUMN subnormal")
+
+    chdb.store.migrate()
+
+    columns = [row[0] for row in chdb.sql("DESCRIBE TABLE stats")]
+    assert set(columns) == {"run_id", "source_id", "step", "slot", "seq", *(field.name for field in FIELDS)}
+
+
+def test_deleting_gives_the_space_back(chdb: Beside, wire: Any) -> None:
+    chdb.write(decode_stats(wire.stats(1, wire.columns(0, steps=50)), chdb.source, Limits()))
+
+    with chdb.engine.connect() as connection:
+        chdb.store.delete(connection, [chdb.source.id])
+
+    assert chdb.sql("SELECT sum(rows) FROM system.parts WHERE active AND table LIKE 'stats%'") == [(0,)]
+
+
+def test_another_process_is_told_that_chdb_belongs_to_one(chdb: Beside, wire: Any) -> None:
+    batch = decode_stats(wire.stats(1, wire.columns(1)), chdb.source, Limits())
+    StatsWriter(chdb.engine, chdb.store).commit([batch], now_unix_ns=1)
+    command = [sys.executable, "-m", "fp8scope_collector", "export", "run", "--db", chdb.url, "--out", "-"]
+
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert said.returncode == 1
+    assert "a chDB folder belongs to one process at a time, and one has it, most likely a collector" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("stats", "sentence"),
+    [
+        ("nonsense", "stats='nonsense' in the database's URL is malformed; expected chdb:///FOLDER or clickhouse://"),
+        ("mysql://me:secret@host/db", r"stats='mysql://me:\*\*\*@host/db' in the database's URL is no such URL"),
+        ("chdb://", "is no such URL; expected chdb:///FOLDER"),
+    ],
+)
+def test_a_url_that_cannot_hold_statistics_is_explained(tmp_path: Path, stats: str, sentence: str) -> None:
+    with pytest.raises(StorageError, match=sentence):
+        open_stats(open_engine(f"sqlite:///{tmp_path}/test.db?stats={stats}"))
+
+
+def test_a_server_that_does_not_answer_is_explained(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    store = open_stats(open_engine(f"sqlite:///{tmp_path}/test.db?stats=clickhouse://me:secret@127.0.0.1:{port}/base"))
+
+    with pytest.raises(StorageError, match=rf"statistics in clickhouse://me:\*\*\*@127.0.0.1:{port}/base cannot be"):
+        store.migrate()
+
+
+def test_clickhouse_understands_what_a_cluster_is_told(chdb: Beside, run: Callable[..., Any]) -> None:
+    """As far as one process can tell: it parses each statement, and makes the tables with the engines of one server."""
+    printed = run("clickhouse-ddl", "--cluster", "gpus").stdout
+
+    statements = create_tables("gpus")
+    assert printed == "\n\n".join(f"{statement};" for statement in statements) + "\n"
+    for statement in [*statements, *missing_columns("stats_local", "gpus", [])]:
+        assert chdb.sql(f"EXPLAIN AST {statement}")
+    assert all("ON CLUSTER 'gpus'" in statement for statement in statements)
+    assert "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/{database}/{table}', '{replica}', seq)" in printed
+    assert "Distributed('gpus', currentDatabase(), stats_local, source_id)" in printed
+
+
+def test_bucket_arithmetic_rounds_down_on_clickhouse_too(chdb: Beside) -> None:
+    number = sa.literal_column("number", sa.BigInteger)
+    for width in (1, 3, 16, 4096):
+        statement = sa.select(int_div(number, width)).select_from(sa.text("numbers(10000)"))
+        found = chdb.sql(chdb.store._sql(statement))
+        assert [row[0] for row in found] == (np.arange(10000) // width).tolist()
+
+
+def test_no_query_divides_columns_with_pythons_operator() -> None:
+    """`//` silently becomes `/` on ClickHouse's dialect: queries say `int_div`."""
+    assert _divided_columns("query = sa.select(stats.c.step // 16)") == ["stats.c.step // 16"]
+    assert _divided_columns("x = sa.func.max(step) // width") == ["sa.func.max(step) // width"]
+    assert _divided_columns("x = first_step // width; y = len(rows) // 2") == []
+    for path in Path(fp8scope_collector.__file__).parent.rglob("*.py"):
+        assert _divided_columns(path.read_text()) == [], path
+
+
+def _divided_columns(source: str) -> list[str]:
+    """The floor divisions of something that looks like a column or an SQL function."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.FloorDiv):
+            names = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+            if names & {"c", "func", "columns"}:
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_rows_arrive_in_arrows_types(chdb: Beside, wire: Any) -> None:
+    chdb.write(decode_stats(wire.stats(1, wire.columns(1)), chdb.source, Limits()))
+
+    with chdb.engine.connect() as connection:
+        (batch,) = chdb.store.rows(connection, [Span(chdb.source.id, 1, 0, 9)], ["amax", "numel", "sum_sq"])
+
+    assert batch.schema.types[3:] == [pa.float32(), pa.uint64(), pa.float64()]
