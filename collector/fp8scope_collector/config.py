@@ -111,7 +111,6 @@ def serve_config(
         retention_s=retention_s,
         diagnosis=Settings(
             db=db,
-            stats=None,
             every_s=DIAGNOSE_EVERY_S,
             webhook=Webhook(
                 url=_web_address("--notify", notify),

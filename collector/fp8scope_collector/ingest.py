@@ -24,6 +24,7 @@ from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.metrics import FINDINGS_PER_RUN, MAX_RUNS, Metrics
 from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
+from fp8scope_collector.storage.stats_store import Pace
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
 
 HOUSEKEEPING_S = 5.0
@@ -72,11 +73,17 @@ class Ingest:
     """The queue and its writer thread. All methods but the thread's own are called on the event loop."""
 
     def __init__(
-        self, writer: StatsWriter, metrics: Metrics, limits: Limits, unix_ns: Callable[[], int] = time.time_ns
+        self,
+        writer: StatsWriter,
+        metrics: Metrics,
+        limits: Limits,
+        pace: Pace,
+        unix_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._writer = writer
         self._metrics = metrics
         self._limits = limits
+        self._pace = pace
         self._unix_ns = unix_ns
         self._loop = asyncio.get_running_loop()
         self._queued_bytes = 0  # the loop's own: what was put and not committed
@@ -149,6 +156,8 @@ class Ingest:
                     self._register(registration)
                 if group:
                     self._commit(group)
+                    if not registrations and sum(put.batch.rows for put in group) < self._pace.group_rows // 4:
+                        self._halt.wait(self._pace.pause_s)
                 if time.monotonic() >= housekeeping_due:
                     self._housekeeping()
                     housekeeping_due = time.monotonic() + HOUSEKEEPING_S
@@ -168,7 +177,7 @@ class Ingest:
             del self._registrations[:REGISTRATIONS_AT_ONCE]
             group: list[_Put] = []
             rows = 0
-            while self._puts and (not group or rows + self._puts[0].batch.rows <= self._limits.group_rows):
+            while self._puts and (not group or rows + self._puts[0].batch.rows <= self._pace.group_rows):
                 group.append(self._puts.popleft())
                 rows += group[-1].batch.rows
             return registrations, group

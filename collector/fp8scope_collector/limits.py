@@ -27,6 +27,4 @@ class Limits:
     open_s: float = 30.0  # from a stream's start to its `Open`
     streams: int = 16_384  # open at once
     step: int = 2**53  # exact in a float64, as plots and JSON need
-    window: int = 8  # batches that a client may have unacknowledged
     queue_bytes: int = 64 * MIB  # decoded batches that wait for the writer, of all streams together
-    group_rows: int = 65_536  # rows of one transaction, unless a single batch has more

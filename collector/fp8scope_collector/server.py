@@ -74,13 +74,15 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         closing.callback(Keeper(engine, store, config.retention_s).close)
-        ingest = Ingest(StatsWriter(engine, store), metrics, config.limits)
+        ingest = Ingest(StatsWriter(engine, store), metrics, config.limits, store.pace)
         companion = None
         try:
             gate = _open_gate(config, ingest, closing)
             http = _listen_http(config, metrics, stop, gate, certificate)
             closing.callback(http.close)
-            service = TelemetryService(ingest, metrics, config.limits, gate if config.tokens else None)
+            service = TelemetryService(
+                ingest, metrics, config.limits, store.pace.window, gate if config.tokens else None
+            )
             server, serving, port = await _listen_grpc(config, service, certificate)
             grpc_address = f"{str(config.grpc).rpartition(':')[0]}:{port}"
             scheme = "https" if config.guard_metrics else "http"
@@ -90,7 +92,9 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 f"database {display_url(engine.url)}"
             )
             log.info("serving", tls=certificate is not None, tokens=config.tokens, diagnosis=bool(config.diagnosis))
-            if config.diagnosis:
+            if config.diagnosis and not store.shared:
+                log.warning("no live diagnosis: it is another process, and these statistics belong to this one alone")
+            elif config.diagnosis:
                 companion = Companion(config.diagnosis)
             await stop.wait()
             log.info("draining", streams=service.open_streams)
@@ -170,10 +174,11 @@ async def _listen_grpc(
 class TelemetryService(pb_grpc.TelemetryServicer):
     """Streams of agents. With a `gate` each has to show a token that may send its run."""
 
-    def __init__(self, ingest: Ingest, metrics: Metrics, limits: Limits, gate: Gate | None) -> None:
+    def __init__(self, ingest: Ingest, metrics: Metrics, limits: Limits, window: int, gate: Gate | None) -> None:
         self._ingest = ingest
         self._metrics = metrics
         self._limits = limits
+        self._window = window
         self._gate = gate
         self._lanes: set[Lane] = set()
         self._draining = False
@@ -243,7 +248,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             server_version=VERSION,
             takes_histograms=True,
         )
-        await context.write(pb.ServerMessage(opened=opened, window=self._limits.window))
+        await context.write(pb.ServerMessage(opened=opened, window=self._window))
         lane = Lane(source)
         self._lanes.add(lane)
         whose = {"token": token.name} if token else {}

@@ -20,6 +20,7 @@ from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.overview import RunState
+from fp8scope_collector.storage.stats_store import Pace
 from fp8scope_collector.storage.writer import Committed, Seen
 
 
@@ -116,7 +117,7 @@ def test_what_waits_is_committed_as_one_group_up_to_the_limit_of_rows(wire: Any)
 
         assert writer.groups == [[1], [2, 3, 4, 5], [6, 7]]
 
-    _run(scenario, group_rows=4 * 6)
+    _run(scenario, Pace(group_rows=4 * 6))
 
 
 def test_a_database_that_is_away_delays_and_loses_nothing(wire: Any) -> None:
@@ -227,10 +228,10 @@ def test_close_gives_up_on_a_database_that_stays_away(wire: Any) -> None:
     _run(scenario)
 
 
-def _run(scenario: Any, **limits: int) -> None:
+def _run(scenario: Any, pace: Pace = Pace(), **limits: int) -> None:  # noqa: B008  # frozen
     async def main() -> None:
         writer, metrics = FakeWriter(), Metrics("0")
-        ingest = Ingest(writer, metrics, replace(Limits(), **limits))  # type: ignore[arg-type]  # a fake
+        ingest = Ingest(writer, metrics, replace(Limits(), **limits), pace)  # type: ignore[arg-type]  # a fake
         try:
             await scenario(ingest, writer, metrics)
         finally:

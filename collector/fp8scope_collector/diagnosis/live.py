@@ -283,15 +283,14 @@ class Watcher:
     def __init__(
         self,
         url: str,
-        stats: str | None = None,
         *,
         unix_ns: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = open_engine(url)
         self._reading = open_engine(url, read_only=True)  # on SQLite the other one locks out the writer
-        self._store = open_stats(stats, self._reading)
-        self._reader = Reader(url, stats=stats)
+        self._store = open_stats(self._reading)
+        self._reader = Reader(url)
         self._unix_ns = unix_ns
         self._clock = clock
         self._runs: dict[int, RunWatch] = {}
@@ -299,6 +298,7 @@ class Watcher:
     def close(self) -> None:
         """Closes the connections."""
         self._reader.close()
+        self._store.close()
         self._reading.dispose()
         self._engine.dispose()
 

@@ -22,7 +22,6 @@ class Settings:
     """Which database is looked at how often, and who is told."""
 
     db: str
-    stats: str | None
     every_s: float
     webhook: Webhook | None
 
@@ -34,6 +33,4 @@ class Settings:
     def from_line(line: bytes) -> Settings:
         """The settings that `to_line` wrote."""
         read = json.loads(line)
-        return Settings(
-            read["db"], read["stats"], read["every_s"], Webhook(**read["webhook"]) if read["webhook"] else None
-        )
+        return Settings(read["db"], read["every_s"], Webhook(**read["webhook"]) if read["webhook"] else None)

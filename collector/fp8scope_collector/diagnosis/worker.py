@@ -33,7 +33,7 @@ def work(settings: Settings, stop: threading.Event) -> None:
     Raises:
         StorageError: the database cannot be used.
     """
-    watcher = Watcher(settings.db, settings.stats)
+    watcher = Watcher(settings.db)
     lease = Lease(settings.db, f"{socket.gethostname()}-{os.getpid()}")
     notifier = Notifier(settings.webhook) if settings.webhook else None
     try:

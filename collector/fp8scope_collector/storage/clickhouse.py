@@ -37,7 +37,7 @@ from fp8scope_collector.storage.clickhouse_ddl import (
 )
 from fp8scope_collector.storage.engine import StorageError
 from fp8scope_collector.storage.history import Span, int_div
-from fp8scope_collector.storage.stats_store import row_schema
+from fp8scope_collector.storage.stats_store import Pace, row_schema
 
 _KEY = ("run_id", "source_id", "step", "slot", "seq")
 _stats = sa.table(
@@ -54,13 +54,13 @@ class ClickHouseStats:
     Nothing is opened before it is needed: what only reads rollups works while a collector has the chDB folder.
     """
 
-    group_rows = 163_840  # small inserts cost ClickHouse merges
-    pause_s = 0.2
+    pace = Pace(group_rows=163_840, window=32, pause_s=0.2)  # each insert is a part that has to be merged
 
     def __init__(self, url: sa.URL) -> None:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
         self.cluster = str(url.query["cluster"]) if "cluster" in url.query else None
         self._folder = Path(str(url.database)).absolute() if url.get_backend_name() == "chdb" else None
+        self.shared = self._folder is None
         self._shown = url.render_as_string(hide_password=True)
         self._engine = sa.create_engine(
             sa.URL.create("clickhousedb", database="default").update_query_dict(

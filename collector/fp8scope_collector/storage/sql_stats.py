@@ -19,13 +19,16 @@ from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.history import Span, history, steps_of
-from fp8scope_collector.storage.stats_store import row_schema
+from fp8scope_collector.storage.stats_store import Pace, row_schema
 
 _COLUMNS = ("source_id", "step", "slot", *(field.name for field in FIELDS))
 
 
 class SqlStats:
     """The table `stats` of one database; see `StatsStore`. It has no state of its own."""
+
+    pace = Pace()
+    shared = True
 
     def __init__(self, dialect: str) -> None:
         self._insert_rows = _insert_sqlite if dialect == "sqlite" else _copy_postgresql

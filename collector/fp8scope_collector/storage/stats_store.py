@@ -8,6 +8,7 @@ no query has to join two databases. tests/collector/conformance is what each one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
@@ -20,6 +21,15 @@ from fp8scope_collector.storage.history import Span
 _ARROW = {"float32": pa.float32(), "float64": pa.float64(), "uint64": pa.uint64()}
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How a store likes to be written to."""
+
+    group_rows: int = 65_536  # rows of one write, at most
+    window: int = 8  # batches that an agent may have unacknowledged, so that groups fill
+    pause_s: float = 0.0  # after a small write, while the next one gathers
+
+
 class StatsStore(Protocol):
     """Raw statistics of all runs. A row is one slot at one step of one source.
 
@@ -27,6 +37,9 @@ class StatsStore(Protocol):
     of its own writes at once and durably, before the transaction commits, and therefore may already hold what a
     transaction that failed brings again: it writes each batch once, told by (source, seq).
     """
+
+    pace: Pace
+    shared: bool  # whether another process can read at the same time
 
     def migrate(self) -> None:
         """Creates or upgrades tables that the relational database's migrations do not know; others do nothing."""

@@ -159,7 +159,7 @@ def test_a_webhook_that_hangs_holds_up_nobody() -> None:
 
 
 def test_settings_of_the_process_come_back_from_their_line_and_do_not_show_the_url() -> None:
-    settings = Settings("sqlite:///a.db", None, 2.0, HOOK)
+    settings = Settings("sqlite:///a.db", 2.0, HOOK)
 
     assert Settings.from_line(settings.to_line()) == settings
     assert "secret" not in repr(settings)
