@@ -125,7 +125,7 @@ class Wire:
         return pb.Finish(seq=seq, finished_unix_ns=time.time_ns(), outcome=outcome, **fields)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wire() -> type[Wire]:
     """Builders of messages."""
     return Wire
