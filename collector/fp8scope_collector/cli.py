@@ -227,6 +227,19 @@ def diagnose(
 
 
 @app.command()
+def advise(
+    run: Run,
+    db: Database = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of text.")] = False,
+) -> None:
+    """Say which constant scales a run would have borne, and how often its scales need computing anew."""
+    from fp8scope_collector.advisers.command import advice_of
+
+    for line in advice_of(db, run, as_json=as_json):
+        typer.echo(line)
+
+
+@app.command()
 def findings(
     run: Annotated[str | None, typer.Argument(help="A run's name, or project/name; else all runs.")] = None,
     db: Database = DEFAULT_URL,
