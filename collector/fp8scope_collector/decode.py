@@ -20,12 +20,13 @@ from google.protobuf.message import DecodeError
 from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.messages import Batch, Ending, Opening, SlotSpec, Source
+from fp8scope_collector.messages import Batch, Ending, Histograms, Opening, SlotSpec, Source
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 _ROLES = {pb.ROLE_INPUT: Role.INPUT, pb.ROLE_WEIGHT: Role.WEIGHT, pb.ROLE_GRAD_OUTPUT: Role.GRAD_OUTPUT}
 _OUTCOMES = {pb.OUTCOME_FINISHED: "finished", pb.OUTCOME_FAILED: "failed"}
 _INT32 = 2**31 - 1
+BINS = 256  # of a histogram
 _INT64 = 2**63 - 1
 
 
@@ -87,6 +88,7 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
         _between("seq", message.seq, 1, _INT64)
         _at_most("rows", "rows", message.rows, limits.rows)
         _at_most("scalars", "entries", len(message.scalars), limits.scalars)
+        _at_most("extras", "entries", len(message.extras), limits.extras)
         columns = pb.StatsColumns()
         if message.rows or message.columns:
             try:
@@ -96,8 +98,7 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
         step = _column(columns, "step", message.rows, "uint64", required=True)
         slot = _column(columns, "slot", message.rows, "uint32", required=True)
         _all_at_most("step", step, limits.step)
-        if message.rows and (largest := int(slot.max())) >= len(source.run_slot):
-            raise RefusedError(f"slot holds {largest}; the catalogue has the slots 0 to {len(source.run_slot) - 1}")
+        _check_slots(slot, source)
         values: dict[str, npt.NDArray[np.generic]] = {}
         for field in FIELDS:
             column = _column(columns, field.name, message.rows, field.dtype, required=False)
@@ -114,6 +115,7 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
             slot=slot.astype(np.int64),
             columns=values,
             scalars=_decode_scalars(message.scalars, limits),
+            extras=_decode_extras(message.extras, source, limits),
             drops=decode_drops(message.drops, limits),
             config_json=_json_object("config_json", message.config_json, limits.config_chars),
         )
@@ -122,17 +124,38 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
 
 
 def decode_histograms(message: pb.HistogramBatch, source: Source, limits: Limits) -> Batch:
-    """The checked form of a batch of histograms: its number and drops; the counts themselves are not kept yet.
+    """The checked form of a batch of histograms.
 
     Raises:
         RefusedError: INVALID_ARGUMENT; the sentence begins with the batch's seq.
     """
     try:
         _between("seq", message.seq, 1, _INT64)
-        drops = decode_drops(message.drops, limits)
+        _at_most("rows", "rows", message.rows, limits.rows)
+        columns = pb.HistogramColumns()
+        if message.rows or message.columns:
+            try:
+                columns.ParseFromString(_decompress(message, limits))
+            except DecodeError as error:
+                raise RefusedError(f"columns is not a serialised HistogramColumns: {error}") from None
+        step = _column(columns, "step", message.rows, "uint64", required=True)
+        slot = _column(columns, "slot", message.rows, "uint32", required=True)
+        first_bin = _column(columns, "first_bin", message.rows, "uint8", required=True).astype(np.int64)
+        bins = _column(columns, "bins", message.rows, "uint16", required=True).astype(np.int64)
+        _all_at_most("step", step, limits.step)
+        _check_slots(slot, source)
+        _all_at_most("first_bin + bins", first_bin + bins, BINS)
+        counts = _column(columns, "counts", int(bins.sum()), "uint64", required=True)
+        _all_at_most("counts", counts, _INT64)
+        return Batch(
+            source=source,
+            seq=message.seq,
+            size_bytes=message.ByteSize() + message.columns_bytes,
+            histograms=Histograms(step.view(np.int64), slot.astype(np.int64), first_bin, bins, counts.view(np.int64)),
+            drops=decode_drops(message.drops, limits),
+        )
     except RefusedError as refused:
         raise RefusedError(f"seq {message.seq}: {refused}", refused.code) from None
-    return Batch(source=source, seq=message.seq, size_bytes=message.ByteSize(), drops=drops)
 
 
 def decode_finish(message: pb.Finish, source: Source, limits: Limits) -> Batch:
@@ -216,7 +239,24 @@ def _decode_scalars(scalars: Iterable[pb.Scalar], limits: Limits) -> tuple[tuple
     return tuple(decoded)
 
 
-def _decompress(message: pb.StatsBatch, limits: Limits) -> bytes:
+def _decode_extras(
+    extras: Iterable[pb.Extra], source: Source, limits: Limits
+) -> tuple[tuple[int, int, str, float], ...]:
+    decoded = []
+    for extra in extras:
+        _between("extras.step", extra.step, 0, limits.step)
+        _between("extras.slot", extra.slot, 0, len(source.run_slot) - 1)
+        name = _required_name("extras.name", extra.name, limits.name_chars)
+        decoded.append((extra.step, extra.slot, name, extra.value))
+    return tuple(decoded)
+
+
+def _check_slots(slot: npt.NDArray[np.generic], source: Source) -> None:
+    if len(slot) and (largest := int(slot.max())) >= len(source.run_slot):
+        raise RefusedError(f"slot holds {largest}; the catalogue has the slots 0 to {len(source.run_slot) - 1}")
+
+
+def _decompress(message: pb.StatsBatch | pb.HistogramBatch, limits: Limits) -> bytes:
     """The batch's columns, exactly `columns_bytes` long and with the right checksum."""
     expected = message.columns_bytes
     _at_most("columns_bytes", "bytes", expected, limits.columns_bytes)
@@ -248,7 +288,9 @@ def _unzstd(data: bytes, expected: int) -> bytes:
         raise RefusedError(f"columns is not one zstd frame of {expected} bytes: {error}") from None
 
 
-def _column(columns: pb.StatsColumns, name: str, rows: int, dtype: str, *, required: bool) -> npt.NDArray[np.generic]:
+def _column(
+    columns: pb.StatsColumns | pb.HistogramColumns, name: str, rows: int, dtype: str, *, required: bool
+) -> npt.NDArray[np.generic]:
     """The column's values, in `dtype`; empty where it is absent."""
     data: bytes = getattr(columns, name)
     width = np.dtype(dtype).itemsize

@@ -16,6 +16,7 @@ class Limits:
     rows: int = 131_072  # of a batch
     slots: int = 65_536  # of a source
     scalars: int = 65_536  # of a batch
+    extras: int = 131_072  # of a batch
     drop_reasons: int = 64  # of a source
     name_chars: int = 256  # a run, project, scalar, drop reason, tag
     layer_chars: int = 1024

@@ -90,12 +90,26 @@ class Ending:
     message: str
 
 
+@dataclass(frozen=True, eq=False)
+class Histograms:
+    """Histograms of some slots at some steps, one entry each; `counts` has the rows' counts one after the other.
+
+    Row i has `bins[i]` of them, for the bins from `first_bin[i]` on.
+    """
+
+    step: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int64]  # wire ids
+    first_bin: npt.NDArray[np.int64]
+    bins: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+
 _NO_ROWS: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One durable message of a source: rows, scalars and running totals of drops, or its end.
+    """One durable message of a source: rows, scalars, histograms and running totals of drops, or its end.
 
     `step`, `slot` (wire ids) and each column have one entry a row; an absent column is not in `columns`. Counts are
     int64: a larger uint64 was refused.
@@ -108,6 +122,8 @@ class Batch:
     slot: npt.NDArray[np.int64] = field(default_factory=lambda: _NO_ROWS)
     columns: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     scalars: tuple[tuple[int, str, float], ...] = ()  # (step, name, value)
+    extras: tuple[tuple[int, int, str, float], ...] = ()  # (step, wire slot, name, value)
+    histograms: Histograms | None = None
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> rows
     ending: Ending | None = None
     config_json: str = ""  # the run's configuration from here on; empty: unchanged

@@ -406,6 +406,8 @@ def test_rows_has_every_row_of_every_life_in_bounded_batches(engine: sa.Engine, 
     [
         ([None, None], 5, "running"),
         ([None, None], 61, "stale"),
+        ([None, None], 901, "crashed"),
+        (["finished", None], 901, "crashed"),
         (["finished", None], 5, "running"),
         (["finished", "finished"], 500, "finished"),
         (["finished", "failed"], 500, "failed"),

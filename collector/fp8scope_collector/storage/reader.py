@@ -11,7 +11,6 @@ Ratios are shares of elements, 0 to 1. A missing field, a tensor of zeros (no he
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,6 +48,7 @@ from fp8scope_collector.storage.readmodels import (
     SystemState,
     Worst,
 )
+from fp8scope_collector.storage.run_list import STALE_AFTER_S, run_list
 from fp8scope_collector.storage.run_view import RunView
 from fp8scope_collector.storage.stats_store import row_schema
 from fp8scope_collector.storage.system import read_configuration, read_system
@@ -71,8 +71,6 @@ __all__ = [
     "SystemState",
     "Worst",
 ]
-
-STALE_AFTER_S = 60.0
 
 
 class Reader:
@@ -100,18 +98,7 @@ class Reader:
     def runs(self) -> list[RunSummary]:
         """All runs, the one heard from last first."""
         with self._connect() as connection:
-            runs = connection.execute(sa.select(schema.run)).all()
-            lives: dict[int, list[sa.Row[Any]]] = {}
-            covered = sa.select(schema.source, schema.coverage.c.first_step).outerjoin_from(
-                schema.source, schema.coverage, schema.coverage.c.source_id == schema.source.c.id
-            )
-            for life in connection.execute(covered):
-                lives.setdefault(life.run_id, []).append(life)
-            drops = sa.select(schema.source.c.run_id, sa.cast(sa.func.sum(schema.drop.c.rows), sa.BigInteger))
-            drops = drops.join(schema.drop, schema.drop.c.source_id == schema.source.c.id)
-            dropped = {row[0]: int(row[1]) for row in connection.execute(drops.group_by(schema.source.c.run_id))}
-        summaries = [self._summary(run, lives.get(run.id, []), dropped.get(run.id, 0)) for run in runs]
-        return sorted(summaries, key=lambda run: (-run.last_seen_unix_ns, run.ref))
+            return run_list(connection, now_unix_ns=self._clock())
 
     def run(self, ref: str) -> RunSummary:
         """The run called `ref`: a name, or project/name.
@@ -136,17 +123,15 @@ class Reader:
             return self._slots(connection, run_id)
 
     def _slots(self, connection: sa.Connection, run_id: int) -> list[Slot]:
-        slot, recipe, other = schema.slot, schema.slot_recipe, schema.slot_recipe.alias()
-        newest = sa.select(sa.func.max(other.c.incarnation)).where(
-            other.c.run_id == slot.c.run_id, other.c.slot == slot.c.slot
-        )
-        joined = sa.and_(
-            recipe.c.run_id == slot.c.run_id,
-            recipe.c.slot == slot.c.slot,
-            recipe.c.incarnation == newest.scalar_subquery(),
-        )
-        query = sa.select(slot, recipe.c.format, recipe.c.recipe, recipe.c.margin).outerjoin_from(slot, recipe, joined)
-        rows = connection.execute(query.where(slot.c.run_id == run_id).order_by(slot.c.slot)).all()
+        slot, recipe = schema.slot.c, schema.slot_recipe.c
+        rows = connection.execute(sa.select(schema.slot).where(slot.run_id == run_id).order_by(slot.slot)).all()
+        incarnations = sa.select(recipe.incarnation).where(recipe.run_id == run_id).distinct()
+        how: dict[int, Any] = {}
+        for incarnation in sorted(connection.scalars(incarnations), reverse=True):
+            if len(how) < len(rows):
+                own = sa.select(recipe.slot, recipe.format, recipe.recipe, recipe.margin)
+                for found in connection.execute(own.where(recipe.run_id == run_id, recipe.incarnation == incarnation)):
+                    how.setdefault(found.slot, found)
         return [
             Slot(
                 slot=row.slot,
@@ -155,9 +140,9 @@ class Reader:
                 module_class=row.module_class,
                 in_features=row.in_features,
                 out_features=row.out_features,
-                format=row.format or "",
-                recipe=row.recipe or "",
-                margin=row.margin or 0,
+                format=how[row.slot].format if row.slot in how else "",
+                recipe=how[row.slot].recipe if row.slot in how else "",
+                margin=how[row.slot].margin if row.slot in how else 0,
             )
             for row in rows
         ]
@@ -254,15 +239,26 @@ class Reader:
             end = max(life.last_step for life in view.lives)
             start = max(0, end - last_steps + 1)
             found = maps.Extremes(view, field, start // 16 * 16 if last_steps >= 64 else start, end)
-            slots = {slot.slot: slot for slot in self._slots(view.connection, run_id)}
-        low_is_bad = by in ("headroom", "sqnr_db")
-        value = found.low if low_is_bad else found.high - found.low if by == "scale_exp2" else found.high
-        badness = -value if low_is_bad else np.where(value > 0, value, np.nan)
-        step, rank = found.low_at if low_is_bad else found.high_at
-        worst = [int(i) for i in np.argsort(-badness, kind="stable") if not np.isnan(badness[i]) and int(i) in slots]
+            low_is_bad = by in ("headroom", "sqnr_db")
+            value = found.low if low_is_bad else found.high - found.low if by == "scale_exp2" else found.high
+            badness = -value if low_is_bad else np.where(value > 0, value, np.nan)
+            step, rank = found.low_at if low_is_bad else found.high_at
+            order = np.argsort(-badness, kind="stable")[:limit]
+            worst = [int(i) for i in order if not np.isnan(badness[i])]
+            slot = schema.slot.c
+            query = sa.select(slot.slot, slot.layer, slot.role).where(slot.run_id == run_id, slot.slot.in_(worst))
+            named = {row.slot: row for row in view.connection.execute(query)}
         return [
-            Worst(i, slots[i].layer, slots[i].role, float(value[i]), int(found.last[i]), int(step[i]), int(rank[i]))
-            for i in worst[:limit]
+            Worst(
+                slot=i,
+                layer=named[i].layer,
+                role=Role(named[i].role),
+                value=float(value[i]),
+                last_step=int(found.last[i]),
+                step=int(step[i]),
+                rank=int(rank[i]),
+            )
+            for i in worst
         ]
 
     def series(
@@ -382,33 +378,6 @@ class Reader:
             reason = " ".join(str(error.orig).split())
             raise StorageError(f"cannot read database {display_url(self._engine.url)}: {reason}") from error
 
-    def _summary(self, run: sa.Row[Any], lives: Sequence[sa.Row[Any]], dropped: int) -> RunSummary:
-        last_seen = max((life.last_seen_unix_ns for life in lives), default=run.created_unix_ns)
-        newest = [life for life in lives if life.incarnation == max(life.incarnation for life in lives)]
-        outcomes = [life.outcome for life in newest]
-        state: State = "running" if self._clock() - last_seen < STALE_AFTER_S * 1e9 else "stale"
-        if "failed" in outcomes:
-            state = "failed"
-        elif outcomes and all(outcome == "finished" for outcome in outcomes):
-            state = "finished"
-        return RunSummary(
-            id=run.id,
-            project=run.project,
-            name=run.name,
-            state=state,
-            first_step=min((life.first_step for life in lives if life.first_step is not None), default=None),
-            last_step=max((life.last_step for life in lives if life.last_step is not None), default=None),
-            rows=sum(life.rows for life in lives),
-            ranks=len({life.rank for life in lives}),
-            world_size=max((life.world_size for life in newest), default=0),
-            incarnations=max((life.incarnation for life in lives), default=0),
-            created_unix_ns=run.created_unix_ns,
-            last_seen_unix_ns=last_seen,
-            dropped_rows=dropped,
-            tags=_tags(run.tags_json),
-            outcome_message=next((life.outcome_message for life in newest if life.outcome_message), ""),
-        )
-
     def _scalar_lives(self, connection: sa.Connection, run_id: int) -> Iterator[tuple[str, Life]]:
         """Each name that a source reported, with the steps it has there; names are found by seeks."""
         source, scalar = schema.source.c, schema.scalar.c
@@ -445,12 +414,3 @@ def _columns(rows: Sequence[Any], count: int) -> list[Floats]:
     """Rows as float64 columns, null as NaN."""
     columns = zip(*rows, strict=True) if rows else [()] * count
     return [np.array(column, dtype=np.float64) for column in columns]
-
-
-def _tags(tags_json: str) -> tuple[str, ...]:
-    """The tags of a run; a damaged list costs the tags, not the list of runs."""
-    try:
-        tags = json.loads(tags_json)
-    except ValueError:
-        return ()
-    return tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()

@@ -11,7 +11,8 @@ import numpy as np
 from fp8core.records import Role
 from fp8scope_collector.storage.quantities import Floats, Ints, Quantity
 
-State = Literal["running", "stale", "finished", "failed"]
+# stale: not ended, and silent for a minute; crashed: for fifteen. Both are running again once they are heard.
+State = Literal["running", "stale", "crashed", "finished", "failed"]
 Severity = Literal["info", "warning", "critical"]
 Ending = Literal["cleared", "ended", "rewritten"]
 

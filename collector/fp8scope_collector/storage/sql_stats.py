@@ -1,12 +1,13 @@
 """Statistics in the relational database itself, on SQLite and PostgreSQL: the default `StatsStore`.
 
-Rows go in by the fastest way that each database has: SQLite by `executemany` of tuples, PostgreSQL by binary COPY of
+Rows go in by the fastest way that each database has: SQLite by statements of many rows, PostgreSQL by binary COPY of
 numpy records. They are read in the order of their key, (source, step, slot); one slot by seeks on the steps it has.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
+import sqlite3
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -107,17 +108,37 @@ class SqlStats:
 # SQLite
 
 
+_TOGETHER = 420  # rows of one statement: 5,880 of SQLite's 32,766 variables
+
+
 def _insert_sqlite(connection: sa.Connection, batches: Sequence[Batch]) -> None:
-    """One executemany a batch: tuples of Python numbers from whole columns. SQLite itself stores NaN as null."""
-    sql = f"INSERT OR REPLACE INTO stats ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+    """Many rows by one statement, which SQLite works off without the interpreter's lock: the event loop goes on.
+
+    One list for all rows takes each column as a slice. SQLite itself stores NaN as null.
+    """
+    count = sum(batch.rows for batch in batches)
+    width = len(_COLUMNS)
+    values: list[float | None] = [None] * (count * width)
+    start = 0
     for batch in batches:
-        columns = [
-            batch.columns[field.name].tolist() if field.name in batch.columns else itertools.repeat(None)
-            for field in FIELDS
-        ]
-        slots = batch.source.run_slot[batch.slot].tolist()
-        rows = zip(itertools.repeat(batch.source.id), batch.step.tolist(), slots, *columns)  # repeat() has no end
-        connection.exec_driver_sql(sql, list(rows))
+        end = start + batch.rows * width
+        values[start:end:width] = [batch.source.id] * batch.rows
+        values[start + 1 : end : width] = batch.step.tolist()
+        values[start + 2 : end : width] = batch.source.run_slot[batch.slot].tolist()
+        for offset, field in enumerate(FIELDS, start=3):
+            if (column := batch.columns.get(field.name)) is not None:
+                values[start + offset : end : width] = column.tolist()
+        start = end
+    driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # any driver's
+    for at in range(0, count, _TOGETHER):
+        rows = min(_TOGETHER, count - at)
+        driver.execute(_insert_statement(rows), values[at * width : (at + rows) * width])
+
+
+@functools.cache
+def _insert_statement(rows: int) -> str:
+    row = f"({', '.join('?' * len(_COLUMNS))})"
+    return f"INSERT OR REPLACE INTO stats ({', '.join(_COLUMNS)}) VALUES {', '.join([row] * rows)}"
 
 
 # PostgreSQL

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8scope_collector.messages import Batch, Opening, Source
-from fp8scope_collector.storage import schema, tokens
+from fp8scope_collector.storage import samples, schema, tokens
 from fp8scope_collector.storage.engine import StorageError
 from fp8scope_collector.storage.findings import FindingsNow, findings_now
 from fp8scope_collector.storage.history import LAST_STEP
@@ -97,6 +97,7 @@ class StatsWriter:
             written = [group[index] for index in order if fresh[index]]
             self._store.write(connection, written)
             self._cover(connection, written, locked)
+            samples.write(connection, self._insert, written)
             self._write_scalars(connection, written)
             self._write_configurations(connection, written)
             self._write_drops(connection, ((batch.source.id, batch.drops) for batch in written))

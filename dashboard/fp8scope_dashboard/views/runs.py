@@ -33,7 +33,7 @@ COLUMNS = [
     ("", "worst tensor of the newest 50 steps", False),
 ]
 SEVERITIES = ("critical", "warning", "info")
-_STATES = ("failed", "stale", "running", "finished")
+_STATES = ("failed", "crashed", "stale", "running", "finished")
 
 
 def view() -> None:

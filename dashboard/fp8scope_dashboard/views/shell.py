@@ -15,7 +15,7 @@ from fp8scope_dashboard import links, names, queries, text
 from fp8scope_dashboard.component import panel
 
 TICK_S = 2.0
-STATE_COLOR = {"running": "info", "stale": "warning", "finished": "muted", "failed": "critical"}
+STATE_COLOR = {"running": "info", "stale": "warning", "finished": "muted", "crashed": "critical", "failed": "critical"}
 RUN_VIEWS, GLOBAL_VIEWS = ("", "scales", "findings"), ("findings", "system", "settings")
 HOW_TO_RECORD = (
     'Attach a training job: `fp8scope_agent.attach(model, run="my-run")`. It appears here with its first message.'
@@ -77,7 +77,7 @@ def go(where: links.Where) -> None:
 
 def live(run: RunSummary) -> float | None:
     """How often a view of this run asks for news: never once it has ended."""
-    return TICK_S if run.state in ("running", "stale") else None
+    return TICK_S if run.state in ("running", "stale", "crashed") else None
 
 
 def _status(run: RunSummary) -> list[dict[str, Any]]:
