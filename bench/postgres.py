@@ -47,7 +47,7 @@ def database() -> Iterator[str]:
     server = subprocess.Popen([programs / "postgres", "-D", home / "data", *listen], **account, cwd=home, **quiet)
     try:
         ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
-        while subprocess.run(ready, **quiet).returncode:  # noqa: S603
+        while subprocess.run(ready, **quiet).returncode:
             assert server.poll() is None, "PostgreSQL did not start"
             time.sleep(0.1)
         yield f"postgresql://postgres@127.0.0.1:{port}/postgres"

@@ -160,8 +160,8 @@ def add_source(engine: sa.Engine, run: str, slots: int, ranks: int = 1) -> Sourc
         sources = []
         for rank in range(ranks):
             values = {
-                **{"run_id": run_id, "rank": rank, "incarnation": 1, "world_size": ranks, "clock_skew_ns": 0},
-                **{"source_uuid": f"{run}-{rank}", "agent_version": "", "environment_json": "{}"},
+                "run_id": run_id, "rank": rank, "incarnation": 1, "world_size": ranks, "clock_skew_ns": 0,
+                "source_uuid": f"{run}-{rank}", "agent_version": "", "environment_json": "{}",
                 **dict.fromkeys(("started_unix_ns", "first_seen_unix_ns", "last_seen_unix_ns"), 1),
             }
             sources.append(connection.execute(schema.source.insert().values(**values)).inserted_primary_key[0])

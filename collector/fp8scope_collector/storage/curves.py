@@ -9,11 +9,13 @@ import numpy as np
 
 from fp8scope_collector.storage.cover import cover, read_buckets
 from fp8scope_collector.storage.history import owned_spans
-from fp8scope_collector.storage.maps import column_width, extent
-from fp8scope_collector.storage.quantities import Floats, Ints, in_unit, of_rows, source_of
+from fp8scope_collector.storage.maps import choose_width, extent
+from fp8scope_collector.storage.quantities import Floats, Ints, in_unit, source_of
 from fp8scope_collector.storage.readmodels import Series
 from fp8scope_collector.storage.rollups import LEVELS
 from fp8scope_collector.storage.run_view import RunView
+
+RAW_ROWS = 5_000  # a curve of more raw rows is made from rollups, with wider entries
 
 
 def series(
@@ -26,7 +28,7 @@ def series(
         empty = none.astype(np.int64)
         return Series(empty, empty, empty, dict.fromkeys(fields, none), dict.fromkeys(fields, none))
     start, end = extent(spans)
-    width = column_width(start, end, max_points, view.stride)
+    width = choose_width(view, spans, max_points, 1, RAW_ROWS)
     entries = _Entries(start // width, end // width - start // width + 1, width)
     low = {field: entries.empty() for field in fields}
     high = {field: entries.empty() for field in fields}
@@ -36,7 +38,9 @@ def series(
         source = source_of(field)
         wanted.setdefault(source.low, []).append((field, True))
         wanted.setdefault(source.high, []).append((field, False))
-    limit = {inc: float(view.log2_max(inc)[slot]) for inc in {span.incarnation for span in spans}} if view.slots else {}
+    limit: dict[int, float] = {}
+    if "headroom" in fields and slot < view.slots:
+        limit = {life: float(view.log2_max(life)[slot]) for life in {span.incarnation for span in spans}}
     for part in read_buckets(view.connection, view.run_id, found.buckets, ["steps", "first", "last", *wanted], slot):
         value = float(part.values[0])
         step = part.bucket * part.level
@@ -53,7 +57,7 @@ def series(
         entry_of = entries.of(rows.step)
         entries.note_rows(rows.step)
         for field in fields:
-            lows, highs = of_rows(field, rows.columns, rows.log2_max)
+            lows, highs = rows.values(field)
             np.fmin.at(low[field], entry_of, lows)
             np.fmax.at(high[field], entry_of, highs)
     for field in fields:

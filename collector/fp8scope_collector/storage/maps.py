@@ -9,7 +9,7 @@ import numpy as np
 
 from fp8scope_collector.storage.cover import cover, read_buckets
 from fp8scope_collector.storage.history import Span, owned_spans
-from fp8scope_collector.storage.quantities import Floats, Ints, Quantity, field_of, in_unit, of_rows, source_of
+from fp8scope_collector.storage.quantities import Floats, Ints, Quantity, field_of, in_unit, source_of
 from fp8scope_collector.storage.readmodels import HeatMap
 from fp8scope_collector.storage.rollups import LEVELS, place
 from fp8scope_collector.storage.run_view import RunView
@@ -35,7 +35,7 @@ def heatmaps(
         return [HeatMap(quantity, width or 1, 0, slots, *nothing) for quantity in quantities]
     start, end = extent(spans)
     if width is None:
-        width = _width(view, spans, max_columns)
+        width = choose_width(view, spans, max_columns, view.slots, RAW_ROWS)
     first_column = start // width
     shape = (end // width - first_column + 1, view.slots)
     low = {field: np.full(shape, np.nan) for field in fields}
@@ -57,7 +57,7 @@ def heatmaps(
     for rows in view.rows(found.raw, _fields_of(low)):
         cell = (rows.step // width - first_column) * view.slots + rows.slot
         for field in low:
-            lows, highs = of_rows(field, rows.columns, rows.log2_max)
+            lows, highs = rows.values(field)
             np.fmin.at(low[field].reshape(-1), cell, lows)
             np.fmax.at(high[field].reshape(-1), cell, highs)
     maps = []
@@ -92,7 +92,7 @@ class Extremes:
         for key, arrays in parts.items():
             self._take_bucket(view, field, key, arrays, names)
         for rows in view.rows(found.raw, source.fields):
-            lows, highs = of_rows(field, rows.columns, rows.log2_max)
+            lows, highs = rows.values(field)
             at = np.stack([rows.step, rows.rank])
             np.maximum.at(self.last, rows.slot, rows.step)
             for values, sign in ((lows, 1), (-highs, -1)):
@@ -152,10 +152,11 @@ def extent(spans: Sequence[Span]) -> tuple[int, int]:
     return min(span.first_step for span in spans), max(span.last_step for span in spans)
 
 
-def _width(view: RunView, spans: Sequence[Span], max_columns: int) -> int:
-    width = column_width(*extent(spans), max_columns, view.stride)
-    rows = sum((span.last_step - span.first_step) // view.stride + 1 for span in spans) * view.slots
-    if width < LEVELS[0] and rows > RAW_ROWS and cover(view.lives, spans, LEVELS[0]).buckets:
+def choose_width(view: RunView, spans: Sequence[Span], most: int, slots: int, raw_rows: int) -> int:
+    """The width of at most `most` columns; not so narrow that it takes more than `raw_rows` raw rows of `slots`."""
+    width = column_width(*extent(spans), most, view.stride)
+    rows = sum((span.last_step - span.first_step) // view.stride + 1 for span in spans) * slots
+    if width < LEVELS[0] and rows > raw_rows and cover(view.lives, spans, LEVELS[0]).buckets:
         return LEVELS[0]
     return width
 

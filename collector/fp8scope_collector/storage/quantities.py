@@ -71,13 +71,14 @@ def check_fields(fields: Sequence[str]) -> None:
             raise ValueError(f"field {field!r} is unknown; choose one of {', '.join(known)}")
 
 
-def of_rows(field: str, columns: Mapping[str, Floats], log2_max: Floats) -> tuple[Floats, Floats]:
-    """Low and high of each raw row, whose extremes `in_unit` takes; `log2_max` is of each row's format."""
+def of_rows(field: str, columns: Mapping[str, Floats], log2_max: Floats | None) -> tuple[Floats, Floats]:
+    """Low and high of each raw row, whose extremes `in_unit` takes; headroom needs `log2_max` of each row's format."""
     names = source_of(field).fields
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if field == "scale_exp2":
             return columns["scale_min"], columns["scale_max"]
         if field == "headroom":
+            assert log2_max is not None
             headroom = log2_max - np.log2(columns["amax"]) - np.log2(columns["scale_max"])
             headroom[np.isposinf(headroom)] = np.nan
             return headroom, headroom

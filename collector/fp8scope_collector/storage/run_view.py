@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from fp8core.formats import FORMATS
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.history import Life, Span, lives_of
-from fp8scope_collector.storage.quantities import Floats, Ints
+from fp8scope_collector.storage.quantities import Floats, Ints, of_rows
 from fp8scope_collector.storage.stats_store import StatsStore
 
 
@@ -91,13 +91,16 @@ class Rows:
     slot: Ints
     columns: dict[str, Floats]
 
+    def values(self, field: str) -> tuple[Floats, Floats]:
+        """Low and high of each row, as `of_rows` says."""
+        return of_rows(field, self.columns, self._log2_max() if field == "headroom" else None)
+
     @property
     def rank(self) -> Ints:
         """Of each row."""
         return self._of_source(self.view.rank_of)
 
-    @cached_property
-    def log2_max(self) -> Floats:
+    def _log2_max(self) -> Floats:
         """Of each row's format."""
         limits = np.empty(len(self.slot))
         incarnation = self._of_source(self.view.incarnation_of)
