@@ -1,4 +1,4 @@
-"""A PostgreSQL of the benchmarks' own, with its default durability: from the system's packages, in a folder of its own."""
+"""A PostgreSQL of the benchmarks' own, from the system's packages, with its default durability."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def database() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     listen = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={home}"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen([programs / "postgres", "-D", home / "data", *listen], **account, cwd=home, **quiet)
     try:
-        ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        ready: list[str | Path] = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
         while subprocess.run(ready, **quiet).returncode:
             assert server.poll() is None, "PostgreSQL did not start"
             time.sleep(0.1)

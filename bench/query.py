@@ -148,9 +148,8 @@ def batch(chance: np.random.Generator, source: Source, step: int) -> Batch:
 def add_source(engine: sa.Engine, run: str, slots: int, ranks: int = 1) -> Source:
     """A run with its slots and sources; the source of rank 0."""
     with engine.begin() as connection:
-        run_id = connection.execute(
-            schema.run.insert().values(project="", name=run, created_unix_ns=1)
-        ).inserted_primary_key[0]
+        made = schema.run.insert().values(project="", name=run, created_unix_ns=1).returning(schema.run.c.id)
+        run_id = connection.execute(made).scalar_one()
         if slots:
             key = {"run_id": run_id, "module_class": "Fp8Linear", "in_features": 64, "out_features": 64}
             named = [{**key, "slot": i, "layer": f"blocks.{i // 3}.fc", "role": ROLES[i % 3]} for i in range(slots)]
@@ -160,11 +159,18 @@ def add_source(engine: sa.Engine, run: str, slots: int, ranks: int = 1) -> Sourc
         sources = []
         for rank in range(ranks):
             values = {
-                "run_id": run_id, "rank": rank, "incarnation": 1, "world_size": ranks, "clock_skew_ns": 0,
-                "source_uuid": f"{run}-{rank}", "agent_version": "", "environment_json": "{}",
+                "run_id": run_id,
+                "rank": rank,
+                "incarnation": 1,
+                "world_size": ranks,
+                "clock_skew_ns": 0,
+                "source_uuid": f"{run}-{rank}",
+                "agent_version": "",
+                "environment_json": "{}",
                 **dict.fromkeys(("started_unix_ns", "first_seen_unix_ns", "last_seen_unix_ns"), 1),
             }
-            sources.append(connection.execute(schema.source.insert().values(**values)).inserted_primary_key[0])
+            source = schema.source.insert().values(**values).returning(schema.source.c.id)
+            sources.append(connection.execute(source).scalar_one())
     ids = np.arange(slots)
     return Source(sources[0], run_id, run, 0, 1, 0, False, ids, np.zeros(slots, np.int8), np.full(slots, 8.0))
 

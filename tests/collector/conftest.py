@@ -120,6 +120,31 @@ class Wire:
         )
 
     @staticmethod
+    def histograms(seq: int, rows: list[tuple[int, int, int, list[int]]], **fields: Any) -> pb.HistogramBatch:
+        """A batch of histograms, each (step, slot, first bin, counts); `fields` replace what would be sent."""
+        step, slot, first_bin, counts = zip(*rows, strict=True)
+        columns = {
+            "step": np.array(step, "<u8"),
+            "slot": np.array(slot, "<u4"),
+            "first_bin": np.array(first_bin, "u1"),
+            "bins": np.array([len(own) for own in counts], "<u2"),
+            "counts": np.array([count for own in counts for count in own], "<u8"),
+        }
+        packed = pb.HistogramColumns(**{name: c.tobytes() for name, c in columns.items()}).SerializeToString()
+        return pb.HistogramBatch(
+            **{
+                "seq": seq,
+                "sent_unix_ns": time.time_ns(),
+                "rows": len(rows),
+                "compression": pb.COMPRESSION_ZSTD,
+                "columns_bytes": len(packed),
+                "columns_crc32": zlib.crc32(packed),
+                "columns": zstandard.compress(packed, 1),
+                **fields,
+            }
+        )
+
+    @staticmethod
     def finish(seq: int, outcome: int = pb.OUTCOME_FINISHED, **fields: Any) -> pb.Finish:
         """The end of a source."""
         return pb.Finish(seq=seq, finished_unix_ns=time.time_ns(), outcome=outcome, **fields)

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8core.records import FIELDS
-from fp8scope_collector.decode import RefusedError, decode_drops, decode_finish, decode_open, decode_stats
+from fp8scope_collector.decode import (
+    RefusedError,
+    decode_drops,
+    decode_finish,
+    decode_histograms,
+    decode_open,
+    decode_stats,
+)
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Source
 from fp8scope_protos.v1 import telemetry_pb2 as pb
@@ -239,3 +246,45 @@ def test_random_bytes_are_refused_or_decoded_never_worse(data: bytes, rows: int,
         return
 
     assert batch.rows == rows
+
+
+def test_histograms_are_decoded_as_sent(wire: Any) -> None:
+    batch = decode_histograms(wire.histograms(3, [(7, 1, 0, [1, 2]), (8, 0, 254, [3, 2**63 - 1])]), SOURCE, LIMITS)
+
+    found = batch.histograms
+    assert found is not None
+    assert (batch.seq, batch.rows) == (3, 0)
+    assert (found.step.tolist(), found.slot.tolist()) == ([7, 8], [1, 0])
+    assert (found.first_bin.tolist(), found.bins.tolist()) == ([0, 254], [2, 2])
+    assert found.counts.tolist() == [1, 2, 3, 2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "sentence"),
+    [
+        ([(1, 0, 255, [1, 1])], {}, r"seq 1: first_bin \+ bins holds 257; expected at most 256"),
+        ([(1, 99, 0, [1])], {}, r"seq 1: slot holds 99; the catalogue has the slots 0 to \d+"),
+        ([(1, 0, 0, [2**63])], {}, r"seq 1: counts holds 9223372036854775808; expected at most 9223372036854775807"),
+        ([(2**60, 0, 0, [1])], {}, r"seq 1: step holds 1152921504606846976; expected at most 9007199254740992"),
+        ([(1, 0, 0, [1])], {"rows": 2}, r"seq 1: step has 8 bytes; expected 16: 2 rows of uint64"),
+        ([(1, 0, 0, [1])], {"columns_crc32": 1}, r"seq 1: columns has CRC-32 0x\w+; columns_crc32 says 0x00000001"),
+    ],
+)
+def test_a_malformed_histogram_names_field_got_and_expected(
+    wire: Any, rows: Any, fields: dict[str, int], sentence: str
+) -> None:
+    with pytest.raises(RefusedError, match=sentence):
+        decode_histograms(wire.histograms(1, rows, **fields), SOURCE, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (pb.Extra(step=1, slot=99, name="x"), r"seq 1: extras.slot is 99; expected 0 to \d+"),
+        (pb.Extra(step=2**60, slot=0, name="x"), r"seq 1: extras.step is 1152921504606846976; expected 0 to"),
+        (pb.Extra(step=1, slot=0, name=""), r"seq 1: extras.name is empty; expected a name"),
+    ],
+)
+def test_a_malformed_extra_number_names_field_got_and_expected(extra: pb.Extra, sentence: str) -> None:
+    with pytest.raises(RefusedError, match=sentence):
+        decode_stats(pb.StatsBatch(seq=1, extras=[extra]), SOURCE, LIMITS)

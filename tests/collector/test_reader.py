@@ -349,6 +349,56 @@ def test_cursor_settles_behind_the_slowest_rank_that_still_sends(engine: sa.Engi
     assert (progress.first_step, progress.last_step, progress.settled_step, progress.lives) == (0, 29, 19, 3)
 
 
+@pytest.mark.parametrize("field", ["amax", "headroom", "overflow_ratio"])
+def test_spread_knows_the_rank_and_the_step_of_each_extreme(
+    engine: sa.Engine, reader: Reader, rolled: float, field: str
+) -> None:
+    run = record(engine, 23)
+    roll_up(engine, rolled)
+
+    for points in (10_000, 3):
+        got = reader.spread(run.run_id, 4, field, max_points=points)
+
+        values = {(step, rank): quantity_of(row, largest, field.removesuffix("_ratio"))[0]
+                  for (step, slot, rank), (row, largest) in run.history().items() if slot == 4}  # fmt: skip
+        values = {key: value for key, value in values.items() if not math.isnan(value)}
+        assert len(got.step)
+        for i, (first, last) in enumerate(zip(got.step.tolist(), got.last.tolist(), strict=True)):
+            inside = {key: value for key, value in values.items() if first <= key[0] <= last}
+            low, high = min(inside.values()), max(inside.values())
+            np.testing.assert_allclose([got.low[i], got.high[i]], [low, high], 1e-6, 4e-6)
+            for extreme, step, rank in ((low, got.low_step, got.low_rank), (high, got.high_step, got.high_rank)):
+                assert inside[int(step[i]), int(rank[i])] == pytest.approx(extreme, 1e-6, 4e-6)
+            if not math.isnan(got.median[i]) and min(inside.values()) > 0:
+                middle = sorted(inside.values())
+                at = (len(middle) - 1) // 2, len(middle) // 2
+                error = got.median_error + 1e-6
+                bounds = middle[at[0]] - abs(middle[at[0]]) * error, middle[at[1]] + abs(middle[at[1]]) * error
+                assert bounds[0] <= got.median[i] <= bounds[1]
+        assert got.median_error == (0 if points == 10_000 or not rolled else pytest.approx(0.0905, abs=1e-3)) or (
+            field != "amax"
+        )
+
+
+def test_histograms_of_ranks_add_up_and_long_ranges_come_in_columns(engine: sa.Engine, reader: Reader) -> None:
+    run = record(engine, 24)
+    with engine.begin() as connection:
+        life = connection.execute(sa.select(schema.source).where(schema.source.c.run_id == run.run_id)).first()
+        assert life
+        key = {"source_id": life.id, "slot": 4, "first_bin": 120}
+        rows = [{**key, "step": step, "counts": np.array([step, 1], "<u8").tobytes()} for step in (0, 1, 3)]
+        connection.execute(schema.histogram.insert(), rows)
+
+    fine = reader.histograms(run.run_id, 4, 0, 3)
+    coarse = reader.histograms(run.run_id, 4, 0, 3, max_columns=2)
+
+    assert (fine.step.tolist(), fine.sampled.tolist()) == ([0, 1, 3], [1, 1, 1])
+    assert fine.counts[120:122].tolist() == [[0, 1, 3], [1, 1, 1]]
+    assert (coarse.step.tolist(), coarse.last.tolist(), coarse.sampled.tolist()) == ([0, 3], [1, 3], [2, 1])
+    assert coarse.counts[120:122].tolist() == [[1, 3], [2, 1]]
+    assert reader.histograms(run.run_id, 3).counts.shape == (256, 0)
+
+
 def test_scalars_come_from_the_lowest_rank_and_count_nan(engine: sa.Engine, reader: Reader) -> None:
     with engine.begin() as connection:
         run_id = insert_run(connection, "gpt")

@@ -21,6 +21,8 @@ Quantity = Literal[
 ]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
+SPREAD_FIELDS = ("amax", "scale_exp2", "headroom", "sqnr_db", *RATIOS)
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 

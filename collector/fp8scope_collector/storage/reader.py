@@ -20,7 +20,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from fp8core.records import FIELDS, Role
-from fp8scope_collector.storage import curves, maps, schema
+from fp8scope_collector.storage import curves, maps, schema, spread
 from fp8scope_collector.storage.engine import StorageError, display_url, open_engine, open_stats
 from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.history import (
@@ -33,9 +33,18 @@ from fp8scope_collector.storage.history import (
     lives_of,
     owned_spans,
 )
-from fp8scope_collector.storage.quantities import QUANTITIES, Floats, Ints, Quantity, check_fields, field_of
+from fp8scope_collector.storage.quantities import (
+    QUANTITIES,
+    SPREAD_FIELDS,
+    Floats,
+    Ints,
+    Quantity,
+    check_fields,
+    field_of,
+)
 from fp8scope_collector.storage.readmodels import (
     HeatMap,
+    Histograms,
     Progress,
     RunNotFound,
     RunSummary,
@@ -43,6 +52,7 @@ from fp8scope_collector.storage.readmodels import (
     Series,
     Severity,
     Slot,
+    Spread,
     State,
     StoredFinding,
     SystemState,
@@ -56,6 +66,7 @@ from fp8scope_collector.storage.system import read_configuration, read_system
 __all__ = [
     "QUANTITIES",
     "HeatMap",
+    "Histograms",
     "Progress",
     "Quantity",
     "Reader",
@@ -65,6 +76,7 @@ __all__ = [
     "Series",
     "Severity",
     "Slot",
+    "Spread",
     "State",
     "StorageError",
     "StoredFinding",
@@ -282,6 +294,56 @@ class Reader:
         check_fields(fields)
         with self._view(run_id) as view:
             return curves.series(view, slot, fields, first_step=first_step, last_step=last_step, max_points=max_points)
+
+    def spread(
+        self,
+        run_id: int,
+        slot: int,
+        field: str,
+        *,
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_points: int = 750,
+    ) -> Spread:
+        """How a field of one slot lies over the ranks: extremes with rank and step, exact at every resolution; median.
+
+        A field is one that `series` knows, of those that rollups have places of: amax, scale_exp2, headroom, sqnr_db
+        and the ratios.
+
+        Raises:
+            ValueError: the field is unknown, or has no places.
+        """
+        if field not in SPREAD_FIELDS:
+            raise ValueError(f"field {field!r} has no spread; choose one of {', '.join(SPREAD_FIELDS)}")
+        with self._view(run_id) as view:
+            return spread.spread(view, slot, field, first_step=first_step, last_step=last_step, max_points=max_points)
+
+    def histograms(
+        self,
+        run_id: int,
+        slot: int,
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_columns: int = 200,
+    ) -> Histograms:
+        """How the magnitudes of one slot were distributed over steps, where it was sampled; all ranks added up."""
+        with self._view(run_id) as view:
+            return spread.histograms(view, slot, first_step=first_step, last_step=last_step, max_columns=max_columns)
+
+    def extras(
+        self, run_id: int, slot: int, first_step: int = FIRST_STEP, last_step: int = LAST_STEP
+    ) -> dict[str, tuple[Ints, Ints, Floats]]:
+        """The numbers of one slot that its library reports and no column has: by name (steps, ranks, values)."""
+        with self._view(run_id) as view:
+            spans = owned_spans(view.lives, first_step, last_step)
+            found: dict[str, list[tuple[int, int, float]]] = {}
+            for extra in view.store.extras(view.connection, spans, slot):
+                found.setdefault(extra.name, []).append((extra.step, view.rank_of[extra.source_id], extra.value))
+        sorted_by_step = {name: list(zip(*sorted(rows), strict=True)) for name, rows in sorted(found.items())}
+        return {
+            name: (np.array(step, np.int64), np.array(rank, np.int64), np.array(value, np.float64))
+            for name, (step, rank, value) in sorted_by_step.items()
+        }
 
     def scalars(
         self,

@@ -222,3 +222,38 @@ class SystemState:
     total_sources: int
     total_rows: int
     sources: tuple[SourceState, ...]
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """The magnitudes of one slot over steps: column c adds up what was sampled in the steps step[c] to last[c].
+
+    Row e of `counts`, int64 [256, columns], has the elements of 2**(e - 127) <= |x| < 2**(e - 126); row 0 zeros and
+    what is smaller, row 255 infinities and NaN. `sampled` says how many histograms a column adds up: of all ranks.
+    """
+
+    step: Ints
+    last: Ints
+    sampled: Ints
+    counts: Ints
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How one field of one slot lies over the ranks: entry i is over the steps from step[i] to last[i].
+
+    `low` and `high` are exact at every resolution, as are the rank and the step that they were at. The median, over
+    ranks and steps, is exact where `median_error` is 0; elsewhere the field is amax, and the median is the middle of a
+    quarter of a power of two, at most that share of itself off. NaN where there is neither.
+    """
+
+    step: Ints
+    last: Ints
+    low: Floats
+    low_rank: Ints
+    low_step: Ints
+    high: Floats
+    high_rank: Ints
+    high_step: Ints
+    median: Floats
+    median_error: float

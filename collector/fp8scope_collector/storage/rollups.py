@@ -230,7 +230,9 @@ _ARRAYS = ("rows", "steps", "first", "last", "low", "high", "low_at", "high_at",
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """The type of an array by the name that it is stored as."""
+    """The type of an array by the name that it is stored as; of a distribution, its bytes."""
+    if name == "amax.bins":
+        return np.dtype("u1")
     return Rollup(LEVELS[0], 0)._array(name).dtype.newbyteorder("<")
 
 

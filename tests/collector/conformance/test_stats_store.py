@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fp8core.records import FIELDS
-from fp8scope_collector.decode import decode_open, decode_stats
+from fp8scope_collector.decode import decode_histograms, decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
 from fp8scope_collector.storage.stats_store import row_schema
+from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 NAMES = [field.name for field in FIELDS]
 
@@ -145,6 +147,37 @@ def test_pruning_takes_the_old_steps_of_one_source_and_deletion_all(kept: Any, w
 
     assert read(kept, [whole(source)]).num_rows == 0
     assert read(kept, [whole(other)]).num_rows == 60
+
+
+def test_histograms_come_back_and_the_last_one_of_a_step_counts(kept: Any, wire: Any) -> None:
+    source, other = register(kept, wire), register(kept, wire, rank=1)
+    first = wire.histograms(1, [(4, 2, 0, [7, 2**40]), (4, 3, 255, [1]), (9, 2, 120, [])])
+    second = wire.histograms(2, [(9, 2, 5, [2**63 - 1, 0, 3])])
+
+    commit(kept, [decode_histograms(message, source, Limits()) for message in (first, second)])
+    commit(kept, [decode_histograms(wire.histograms(1, [(4, 2, 1, [1])]), other, Limits())])
+
+    with kept.engine.connect() as connection:
+        found = list(kept.store.histograms(connection, [whole(source)], 2))
+        part = list(kept.store.histograms(connection, [Span(source.id, 1, 5, 9)], 3))
+    assert [(row.source_id, row.step, row.first_bin, row.counts.tolist()) for row in found] == [
+        (source.id, 4, 0, [7, 2**40]),
+        (source.id, 9, 5, [2**63 - 1, 0, 3]),
+    ]
+    assert part == []
+
+
+def test_extra_numbers_come_back_and_the_last_one_of_a_step_counts(kept: Any, wire: Any) -> None:
+    source = register(kept, wire)
+    numbers = [(1, 2, "underflow%", 0.5), (1, 2, "mse", math.nan), (2, 2, "mse", math.inf), (1, 3, "mse", 9.0)]
+    extras = [pb.Extra(step=step, slot=slot, name=name, value=value) for step, slot, name, value in numbers]
+
+    commit(kept, [decode(wire.stats(1, {}, extras=extras), source)])
+    commit(kept, [decode(wire.stats(2, {}, extras=[pb.Extra(step=2, slot=2, name="mse", value=-1.5)]), source)])
+
+    with kept.engine.connect() as connection:
+        found = [(e.step, e.name, e.value) for e in kept.store.extras(connection, [whole(source)], 2)]
+    assert repr(found) == repr([(1, "mse", math.nan), (1, "underflow%", 0.5), (2, "mse", -1.5)])
 
 
 def register(kept: Any, wire: Any, **opening: Any) -> Source:
