@@ -120,7 +120,7 @@ class Wire:
         )
 
     @staticmethod
-    def histograms(seq: int, rows: list[tuple[int, int, int, list[int]]], **fields: Any) -> pb.HistogramBatch:
+    def histograms(seq: int, rows: list[tuple[int, int, int, list[int]]], /, **fields: Any) -> pb.HistogramBatch:
         """A batch of histograms, each (step, slot, first bin, counts); `fields` replace what would be sent."""
         step, slot, first_bin, counts = zip(*rows, strict=True)
         columns = {

@@ -381,22 +381,24 @@ def test_spread_knows_the_rank_and_the_step_of_each_extreme(
 
 
 def test_histograms_of_ranks_add_up_and_long_ranges_come_in_columns(engine: sa.Engine, reader: Reader) -> None:
-    run = record(engine, 24)
     with engine.begin() as connection:
-        life = connection.execute(sa.select(schema.source).where(schema.source.c.run_id == run.run_id)).first()
-        assert life
-        key = {"source_id": life.id, "slot": 4, "first_bin": 120}
-        rows = [{**key, "step": step, "counts": np.array([step, 1], "<u8").tobytes()} for step in (0, 1, 3)]
-        connection.execute(schema.histogram.insert(), rows)
+        run_id = insert_run(connection, "gpt")
+        for rank, steps in [(0, (0, 1, 3)), (1, (1,))]:
+            source_id = insert_source(connection, run_id, rank)
+            row = {"source_id": source_id, "slot": 4, **random_row(random.Random(0))}
+            insert_rows(connection, source_id, [{**row, "step": step} for step in range(4)])
+            key = {"source_id": source_id, "slot": 4, "first_bin": 120}
+            rows = [{**key, "step": step, "counts": np.array([step, 1], "<u8").tobytes()} for step in steps]
+            connection.execute(schema.histogram.insert(), rows)
 
-    fine = reader.histograms(run.run_id, 4, 0, 3)
-    coarse = reader.histograms(run.run_id, 4, 0, 3, max_columns=2)
+    fine = reader.histograms(run_id, 4)
+    coarse = reader.histograms(run_id, 4, 0, 3, max_columns=2)
 
-    assert (fine.step.tolist(), fine.sampled.tolist()) == ([0, 1, 3], [1, 1, 1])
-    assert fine.counts[120:122].tolist() == [[0, 1, 3], [1, 1, 1]]
-    assert (coarse.step.tolist(), coarse.last.tolist(), coarse.sampled.tolist()) == ([0, 3], [1, 3], [2, 1])
-    assert coarse.counts[120:122].tolist() == [[1, 3], [2, 1]]
-    assert reader.histograms(run.run_id, 3).counts.shape == (256, 0)
+    assert (fine.step.tolist(), fine.sampled.tolist()) == ([0, 1, 3], [1, 2, 1])
+    assert fine.counts[120:122].tolist() == [[0, 2, 3], [1, 2, 1]]
+    assert (coarse.step.tolist(), coarse.last.tolist(), coarse.sampled.tolist()) == ([0, 3], [1, 3], [3, 1])
+    assert coarse.counts[120:122].tolist() == [[2, 3], [3, 1]]
+    assert reader.histograms(run_id, 3).counts.shape == (256, 0)
 
 
 def test_scalars_come_from_the_lowest_rank_and_count_nan(engine: sa.Engine, reader: Reader) -> None:

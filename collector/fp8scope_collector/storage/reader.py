@@ -20,7 +20,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from fp8core.records import FIELDS, Role
-from fp8scope_collector.storage import curves, maps, schema, spread
+from fp8scope_collector.storage import curves, maps, samples, schema, spread
 from fp8scope_collector.storage.engine import StorageError, display_url, open_engine, open_stats
 from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.history import (
@@ -337,7 +337,7 @@ class Reader:
         with self._view(run_id) as view:
             spans = owned_spans(view.lives, first_step, last_step)
             found: dict[str, list[tuple[int, int, float]]] = {}
-            for extra in view.store.extras(view.connection, spans, slot):
+            for extra in samples.extras(view.connection, spans, slot):
                 found.setdefault(extra.name, []).append((extra.step, view.rank_of[extra.source_id], extra.value))
         sorted_by_step = {name: list(zip(*sorted(rows), strict=True)) for name, rows in sorted(found.items())}
         return {

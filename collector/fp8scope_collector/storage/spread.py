@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fp8scope_collector.storage import samples
 from fp8scope_collector.storage.cover import cover, read_buckets
 from fp8scope_collector.storage.curves import RAW_ROWS
 from fp8scope_collector.storage.history import LAST_STEP, owned_spans
@@ -99,7 +100,7 @@ def _binned_medians(
 def histograms(view: RunView, slot: int, *, first_step: int, last_step: int, max_columns: int) -> Histograms:
     """See `Reader.histograms`."""
     spans = owned_spans(view.lives, first_step, last_step)
-    found = list(view.store.histograms(view.connection, spans, slot)) if spans else []
+    found = list(samples.histograms(view.connection, spans, slot)) if spans else []
     if not found:
         empty = np.empty(0, np.int64)
         return Histograms(empty, empty, empty, np.empty((BINS, 0), np.int64))

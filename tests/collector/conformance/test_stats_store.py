@@ -12,6 +12,7 @@ from fp8core.records import FIELDS
 from fp8scope_collector.decode import decode_histograms, decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.storage import samples
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
 from fp8scope_collector.storage.stats_store import row_schema
 from fp8scope_protos.v1 import telemetry_pb2 as pb
@@ -158,8 +159,8 @@ def test_histograms_come_back_and_the_last_one_of_a_step_counts(kept: Any, wire:
     commit(kept, [decode_histograms(wire.histograms(1, [(4, 2, 1, [1])]), other, Limits())])
 
     with kept.engine.connect() as connection:
-        found = list(kept.store.histograms(connection, [whole(source)], 2))
-        part = list(kept.store.histograms(connection, [Span(source.id, 1, 5, 9)], 3))
+        found = list(samples.histograms(connection, [whole(source)], 2))
+        part = list(samples.histograms(connection, [Span(source.id, 1, 5, 9)], 3))
     assert [(row.source_id, row.step, row.first_bin, row.counts.tolist()) for row in found] == [
         (source.id, 4, 0, [7, 2**40]),
         (source.id, 9, 5, [2**63 - 1, 0, 3]),
@@ -176,7 +177,7 @@ def test_extra_numbers_come_back_and_the_last_one_of_a_step_counts(kept: Any, wi
     commit(kept, [decode(wire.stats(2, {}, extras=[pb.Extra(step=2, slot=2, name="mse", value=-1.5)]), source)])
 
     with kept.engine.connect() as connection:
-        found = [(e.step, e.name, e.value) for e in kept.store.extras(connection, [whole(source)], 2)]
+        found = [(e.step, e.name, e.value) for e in samples.extras(connection, [whole(source)], 2)]
     assert repr(found) == repr([(1, "mse", math.nan), (1, "underflow%", 0.5), (2, "mse", -1.5)])
 
 
