@@ -65,6 +65,7 @@ from fp8scope_collector.storage.system import read_configuration, read_system
 
 __all__ = [
     "QUANTITIES",
+    "STALE_AFTER_S",
     "HeatMap",
     "Histograms",
     "Progress",
