@@ -40,7 +40,7 @@ for module in pkgutil.walk_packages(root.__path__, package + "."):
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:
-            extras = ("torchao", "nvdlfw_inspect", "transformers", "lightning", "clickhouse_connect")
+            extras = ("torchao", "nvdlfw_inspect", "transformers", "lightning", "clickhouse_connect", "pandas")
             if error.name.partition(".")[0] not in extras:
                 raise
 print(len(sys.modules), "modules")
