@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +156,22 @@ class Result:
     rows_dropped: int
 
 
-def train(args: argparse.Namespace) -> Result:
+@dataclass
+class Job:
+    """A training in progress, for whoever wants to reach into it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+
+
+def train(
+    args: argparse.Namespace,
+    *,
+    before_step: Callable[[Job, int], None] = lambda job, step: None,
+    conversion: dict[str, Any] | None = None,
+) -> Result:
+    """Trains as `args` say; `conversion` are other arguments of `convert_to_fp8` than these make."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_text, held_out = standard_library_bytes()
@@ -163,9 +179,9 @@ def train(args: argparse.Namespace) -> Result:
     if args.precision == "fp8":
         fp8core.convert_to_fp8(
             model,
-            recipe=RECIPES[args.recipe](),
             formats=FORMAT_PAIRS[args.formats],
             module_filter_fn=lambda _, name: name.startswith("blocks."),
+            **(conversion or {"recipe": RECIPES[args.recipe]()}),
         )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
@@ -192,6 +208,7 @@ def train(args: argparse.Namespace) -> Result:
         progress_line(args) as show,
     ):
         for step in range(args.steps):
+            before_step(Job(model, optimizer, schedule), step)
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(*next(data))

@@ -121,6 +121,8 @@ def test_every_alert_says_how_bad_it_is_where_to_look_and_what_to_read(alert: di
 @pytest.mark.parametrize("alert", ALERTS.values(), ids=ALERTS.keys())
 def test_an_alert_opens_a_page_of_the_dashboard_at_what_it_is_about(alert: dict[str, Any]) -> None:
     url = alert["annotations"]["dashboard_url"].replace("{{ $externalLabels.fp8scope_dashboard }}", "http://dashboard")
+    of_layer = "{{ with $labels.layer }}&layer={{ . | urlquery }}&role={{ $labels.role }}{{ end }}"
+    url = url.replace(of_layer, "&layer=blocks.1.fc&role={{ $labels.role }}")
     url = url.replace("{{ $labels.run | urlquery }}", "lm%2Fgpt").replace("{{ $labels.role }}", "weight")
 
     link = urlsplit(url)

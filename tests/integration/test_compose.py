@@ -10,16 +10,14 @@ import ast
 import json
 import re
 import sys
-import time
+import threading
 import tomllib
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import grpc
-import numpy as np
 import pytest
 import yaml
 
@@ -29,8 +27,6 @@ from fp8core.records import Role
 from fp8scope_collector.config import serve_config
 from fp8scope_dashboard import links
 from fp8scope_dashboard.__main__ import is_loopback, parse_address
-from fp8scope_protos.v1 import telemetry_pb2 as pb
-from fp8scope_protos.v1 import telemetry_pb2_grpc
 
 PASSWORD = "p@ss/w:rd? #1"  # every character that a URL would stumble over
 COMPOSE = load_compose({"POSTGRES_PASSWORD": PASSWORD})
@@ -247,54 +243,56 @@ def test_the_training_volume_belongs_to_the_user_who_writes_it() -> None:
 
 # The services, started ---------------------------------------------------------------------------------------------
 
-
-def send_a_nan(address: str) -> None:
-    """One rank of the run lm/gpt reports step 0 of one layer, with a NaN in its input; it stays connected no longer."""
-    column = {"step": "<u8", "slot": "<u4", "amax": "<f4", "scale_min": "<f4", "scale_max": "<f4", "numel": "<u8"}
-    values = {"step": 0, "slot": 0, "amax": 1, "scale_min": 256, "scale_max": 256, "numel": 1000, "nonfinite": 1}
-    columns = pb.StatsColumns(
-        **{name: np.array([value], column.get(name, "<u8")).tobytes() for name, value in values.items()}
-    ).SerializeToString()
-    slot = pb.Slot(slot=0, layer="fc1", role=pb.ROLE_INPUT, format="E4M3FN", recipe="AmaxScaling()")
-    opening = pb.Open(
-        run="gpt",
-        project="lm",
-        world_size=1,
-        incarnation=1,
-        source_uuid="one",
-        slots=[slot],
-        started_unix_ns=time.time_ns(),
-        sent_unix_ns=time.time_ns(),
-    )
-    stats = pb.StatsBatch(
-        seq=1,
-        rows=1,
-        compression=pb.COMPRESSION_NONE,
-        columns=columns,
-        columns_bytes=len(columns),
-        columns_crc32=zlib.crc32(columns),
-        sent_unix_ns=time.time_ns(),
-    )
-    with grpc.insecure_channel(address) as channel:
-        answers = telemetry_pb2_grpc.TelemetryStub(channel).Stream(
-            iter([pb.ClientMessage(open=opening), pb.ClientMessage(stats=stats)]), timeout=10
-        )
-        assert any(answer.ack.up_to_seq == 1 for answer in answers)
+FAULTY_STEPS, FAULT_AT, PACE_S = 38, 14, 0.4  # its episode is open for 17 steps, longer than /metrics takes to notice
 
 
-@pytest.mark.timeout(120)
-def test_the_services_become_healthy_and_a_nan_becomes_an_alert(
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a webhook for Alertmanager, and the alerts that came."""
+    got: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["alerts"])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}", got
+    server.shutdown()
+    server.server_close()
+
+
+def told(address: str) -> Callable[[str], str]:
+    """Alertmanager's file with its webhooks, which stand there as comments, at `address`; and with shorter waits."""
+
+    def edit(text: str) -> str:
+        text = re.sub(r"^( +)# ( *(?:webhook_configs:|- url:|send_resolved:))", r"\1\2", text, flags=re.MULTILINE)
+        return re.sub(r"(group_wait|group_interval): \w+", r"\1: 1s", text.replace("127.0.0.1:9999", address))
+
+    return edit
+
+
+@pytest.mark.timeout(150)
+def test_the_services_become_healthy_and_a_fault_in_training_becomes_an_alert_that_names_the_tensor_and_ends(
     tmp_path: Path,
     free_port: Callable[[], int],
     require_binary: Callable[[str], Path],
     postgres_server: Any,
+    webhook: tuple[str, list[dict[str, Any]]],
 ) -> None:
     settings = SERVICES["postgres"]["environment"]
+    address, alerts = webhook
     with postgres_server.connect() as connection:  # what the image does with its environment
         connection.execute(f"CREATE ROLE {settings['POSTGRES_USER']} LOGIN PASSWORD '{settings['POSTGRES_PASSWORD']}'")
         connection.execute(f"CREATE DATABASE {settings['POSTGRES_DB']} OWNER {settings['POSTGRES_USER']}")
+    edits = {"alertmanager.yml": told(address)}
 
-    with running(Stack(SERVICES, tmp_path, free_port, require_binary, postgres_server.port)) as stack:
+    with running(Stack(SERVICES, tmp_path, free_port, require_binary, postgres_server.port, edits)) as stack:
         stack.wait_until_healthy("postgres")
         stack.start("collector")
         stack.start("alertmanager")
@@ -312,37 +310,58 @@ def test_the_services_become_healthy_and_a_nan_becomes_an_alert(
             )
 
         eventually(is_wired, 20, lambda: str(stack.prometheus("targets")) + stack.log("prometheus").read_text())
-        send_a_nan(stack.rewrite("collector:4327"))
+        training_code = stack.wait("training", 60)
+        faulty = stack.start_beside("faulty", "examples/inject_fault.py", *faulty_arguments(stack, tmp_path))
 
-        def alerts() -> dict[str, Any]:
-            return {alert["labels"]["alertname"]: alert for alert in json.loads(stack.get(9093, "/api/v2/alerts"))}
+        def findings(status: str) -> list[dict[str, Any]]:
+            return [
+                alert
+                for alert in list(alerts)
+                if alert["labels"]["alertname"] == "Fp8scopeFindingCritical" and alert["status"] == status
+            ]
 
-        eventually(lambda: "Fp8scopeNonfinite" in alerts(), 20, lambda: str(stack.prometheus("alerts")))
-        nonfinite = alerts()["Fp8scopeNonfinite"]
-        firing = {alert["labels"]["alertname"] for alert in stack.prometheus("alerts")["alerts"]}
+        def why() -> str:
+            return f"{alerts}\n{stack.log('faulty').read_text()}\n{stack.log('collector').read_text()}"
+
+        eventually(lambda: findings("firing"), 40, why)
+        evaluated = {alert["labels"]["alertname"] for alert in stack.prometheus("alerts")["alerts"]}
+        eventually(lambda: findings("resolved"), 40, why)
+        faulty_code = faulty.wait(30)
         targets = stack.prometheus("targets")["activeTargets"]
         loaded = [rule for group in stack.prometheus("rules")["groups"] for rule in group["rules"]]
         exposed = set(re.findall(r"^# TYPE (\w+?)(?:_total)? ", stack.get(9464, "/metrics"), flags=re.MULTILINE))
-        training_code = stack.wait("training", 60)
         codes = stack.stop()
-        said = {name: stack.log(name).read_text() for name in codes}
+        said = {name: stack.log(name).read_text() for name in [*codes, "faulty"]}
 
-    assert nonfinite["labels"] == {
-        "alertname": "Fp8scopeNonfinite",
-        "run": "lm/gpt",
-        "role": "input",
+    firing = findings("firing")[0]
+    assert firing["labels"] == {
+        "alertname": "Fp8scopeFindingCritical",
+        "run": "faulty",
+        "rule": "weight-scale-jump",
+        "layer": "blocks.1.mlp.fc1",
+        "role": "weight",
         "severity": "critical",
     }
-    assert [receiver["name"] for receiver in nonfinite["receivers"]] == ["page"]
-    assert (ROOT / nonfinite["annotations"]["runbook_url"]).exists()
-    link = urlsplit(nonfinite["annotations"]["dashboard_url"])
+    assert {alert["labels"]["layer"] for alert in findings("firing")} == {"blocks.1.mlp.fc1"}
+    assert (ROOT / firing["annotations"]["runbook_url"]).exists()
+    link = urlsplit(firing["annotations"]["dashboard_url"])
     assert f"{link.scheme}://{link.netloc}" == stack.rewrite("http://127.0.0.1:8501")
-    assert links.parse(dict(parse_qsl(link.query))) == links.Where(run="lm/gpt", role=Role.INPUT, quantity="nonfinite")
-    assert firing == {"Fp8scopeNonfinite", "Fp8scopeWatchdog"}
+    where = links.Where(run="faulty", layer="blocks.1.mlp.fc1", role=Role.WEIGHT)
+    assert links.parse(dict(parse_qsl(link.query))) == where
+    assert {alert["labels"].get("run") for alert in alerts} <= {None, "faulty"}
+    assert "Fp8scopeWatchdog" in evaluated
     assert [target["health"] for target in targets] == ["up"]
-    assert [rule["name"] for rule in loaded] == [rule.get("alert") or rule["record"] for rule in RULES]
+    assert sorted(rule["name"] for rule in loaded) == sorted(rule.get("alert") or rule["record"] for rule in RULES)
     assert [(rule["name"], rule["lastError"]) for rule in loaded if rule["health"] != "ok"] == []
     assert METRICS_IN_RULES - exposed == set()
-    assert training_code == 0, said["training"]
+    assert (training_code, faulty_code) == (0, 0), said["training"] + said["faulty"]
     assert codes["collector"] == 0, said["collector"]
     assert PASSWORD not in "".join(said.values())
+
+
+def faulty_arguments(stack: Stack, folder: Path) -> list[str]:
+    """A small run whose weight is broken in one step, slow enough to be watched."""
+    size = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "32", "--batch", "2"]
+    where = ["--collector", stack.rewrite("collector:4327"), "--run", "faulty", "--spool-dir", str(folder / "spool")]
+    pace = ["--steps", str(FAULTY_STEPS), "--pace-s", str(PACE_S), "--validation-batches", "1"]
+    return ["--fault", "weight-row", "--at", str(FAULT_AT), *size, *where, *pace]

@@ -28,8 +28,11 @@ class Stack:
         free_port: Callable[[], int],
         require: Callable[[str], Path],
         postgres: int,
+        edits: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
+        """`edits` are what becomes of mounted files, by their names."""
         self.folder = folder
+        self._edits = edits or {}
         self._services = services
         self._require = require
         self._ports = {5432: postgres, **{port: free_port() for port in (4327, 9464, 8501, 9090, 9093)}}
@@ -69,6 +72,19 @@ class Stack:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def start_beside(self, name: str, script: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Starts a script of the repository that is no service; it ends with the stack."""
+        with self.log(name).open("wb") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *arguments],
+                cwd=ROOT,
+                env={"PATH": os.defpath, "HOME": str(self.folder), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return self._processes[name]
 
     def wait_until_healthy(self, name: str) -> None:
         """Runs the service's own health check until it succeeds, as long as Docker would wait."""
@@ -136,6 +152,7 @@ class Stack:
             target = self.folder / "mounts" / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             hurried = re.sub(r"(scrape_interval|scrape_timeout|evaluation_interval): \d+s", r"\1: 1s", path.read_text())
+            hurried = self._edits.get(path.name, str)(hurried)
             target.write_text(self.rewrite(hurried) if path.name == "prometheus.yml" else hurried)
         return copy
 

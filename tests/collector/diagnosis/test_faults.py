@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import faults
+import inject_fault
 from fp8core import AmaxScaling, ConstantScaling, CurrentScaling, DelayedScaling, Override
 from fp8core.recipes import Recipe
 from fp8core.records import Role
@@ -40,9 +41,11 @@ class Case:
     options: Any = None
 
     def told_by(self, finding: Finding) -> bool:
-        """Whether a finding says what is wrong; None allows any layer or role."""
-        if finding.slot is None or finding.rule != self.rule:
+        """Whether a finding says what is wrong; None allows any layer or role, or none."""
+        if finding.rule != self.rule:
             return False
+        if finding.slot is None:
+            return self.layer is None and self.role is None
         return self.layer in (None, finding.slot.layer) and self.role in (None, finding.slot.role)
 
 
@@ -95,10 +98,26 @@ CASES = {
         alone=True,
         options={"ranks": 2},
     ),
+    "a SwiGLU channel doubles": Case(
+        *(AmaxScaling(), inject_fault.growing_outlier(40), 40, "amax-growth", "blocks.1.mlp.down", Role.INPUT),
+        severity=Severity.WARNING,
+        options={"swiglu": True},
+    ),
+    "a rank killed": Case(
+        *(AmaxScaling(), inject_fault.killed(AT), AT, "rank-missing", None, None, Severity.WARNING),
+        options={"ranks": 2},
+    ),
     "a clamp of 8": Case(
         *(AmaxScaling(clamp=8), None, 0, "scale-clamped", None, None, Severity.WARNING),
     ),
 }
+
+
+def test_the_library_has_a_case_for_each_of_its_faults() -> None:
+    rules = {(case.rule, case.role) for case in CASES.values()}
+
+    for name, spec in inject_fault.FAULTS.items():
+        assert {(spec.rule, Role(spec.role) if spec.role else None)} & rules, name
 
 
 def upto(window: Window, step: int) -> list[Finding]:

@@ -40,8 +40,8 @@ def long(window: Window, times: int) -> Window:
     return replace(window, steps=steps, fields=fields, scalars={})
 
 
-def test_a_rank_that_stops_is_found_after_eight_steps(two_ranks: Window) -> None:
-    assert found(without(two_ranks, 1, slice(17, None)), "rank-missing") == []
+def test_a_rank_that_stops_is_found_after_five_steps(two_ranks: Window) -> None:
+    assert found(without(two_ranks, 1, slice(20, None)), "rank-missing") == []
 
     (finding,) = found(without(two_ranks, 1, slice(14, None)), "rank-missing")
 

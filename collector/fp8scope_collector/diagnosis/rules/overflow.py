@@ -26,9 +26,10 @@ def check(window: Window) -> Iterator[Finding]:
     just_in_time = window.under(AmaxScaling, CurrentScaling)
     constant = window.under(ConstantScaling)
     settled = constant | (window.age >= 2)
-    often = counted(ratio > at.OVERFLOW_RATIO, 8) >= at.OVERFLOW_ROWS
+    many = (ratio > at.OVERFLOW_RATIO) & (window["overflow"] >= at.OVERFLOW_ELEMENTS)
+    often = counted(many, 8) >= at.OVERFLOW_ROWS
     steadily = all_of_last(ratio > at.CONSTANT_OVERFLOW_RATIO, 3)
-    too_much = (ratio > at.OVERFLOW_AT_ONCE) | np.where(constant, steadily, often & (ratio > at.OVERFLOW_RATIO))
+    too_much = (ratio > at.OVERFLOW_AT_ONCE) | np.where(constant, steadily, often & many)
     bad = np.where(just_in_time, ratio > 0, too_much & settled)
     severity = np.where(just_in_time | (ratio > at.OVERFLOW_CRITICAL), Severity.CRITICAL, Severity.WARNING)
     still = ratio > at.OVERFLOW_RATIO

@@ -13,7 +13,7 @@ from fp8scope_collector.diagnosis.window import Window
 
 
 def check(window: Window) -> Iterator[Finding]:
-    """Rows of other ranks from the eighth on that a rank has no row in, which it had before. Trust: exact."""
+    """Rows of other ranks from the fifth on that a rank has no row in, which it had before. Trust: exact."""
     here = window.rank_present
     silent = counted(here, at.RANK_SILENT_ROWS) == 0
     bad = silent & (counted(here, 4 * at.RANK_SILENT_ROWS) > 0)
@@ -30,6 +30,6 @@ RULE = Rule(
         "sync` sends it.",
     },
     changes={"": "fp8scope-agent status"},
-    evidence="no row for at least 8 steps that others have",
+    evidence="no row for at least 5 steps that others have",
     check=check,
 )
