@@ -12,6 +12,7 @@ What is measured replaces its line in bench/results/ingest.json; ingest.md and d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ import zstandard
 
 from engines import ENGINES, database
 from fp8core.records import FIELDS
+from fp8scope_collector.storage.reader import Reader
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 from ingest_peers import compared
@@ -75,12 +77,12 @@ def page(results: dict[str, Any]) -> str:
     text = [
         "# Rows acknowledged by one collector",
         "",
-        f"Batches of {ROWS:,} rows, {CLIENTS} client processes; clients, collector and database share the cores:",
-        "`bench/ingest.py`.",
+        f"Batches of {ROWS:,} rows, {CLIENTS} client processes; clients, collector, database and (not for ClickHouse)",
+        "a reader that asks the dashboard's questions once a second share the cores: `bench/ingest.py`.",
         "",
-        "| database | streams | rows/s | send to acknowledgement, median | p99 | collector's peak memory "
-        "| bytes a row on disk | measured |",
-        "|---|---|---|---|---|---|---|---|",
+        "| database | streams | rows/s | first, last 10 s | send to acknowledgement, median | p99 "
+        "| collector's peak memory | bytes a row on disk | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
         *map(row_of, lines),
         "",
         "The same rows through other tools, beside the fastest of the last run (`bench/ingest_peers.py`):",
@@ -93,8 +95,9 @@ def page(results: dict[str, Any]) -> str:
 def row_of(line: dict[str, Any]) -> str:
     """One line of the table."""
     return (
-        f"| {NAMES[line['engine']]} | {line['streams']} | {line['rows_per_s']:,.0f} | {line['median_ms']:,.0f} ms "
-        f"| {line['p99_ms']:,.0f} ms | {line['peak_mib']:,.0f} MiB | {line['bytes_per_row']:.0f} "
+        f"| {NAMES[line['engine']]} | {line['streams']} | {line['rows_per_s']:,.0f} "
+        f"| {line.get('first_rows_per_s', 0):,.0f}, {line.get('last_rows_per_s', 0):,.0f} "
+        f"| {line['median_ms']:,.0f} ms | {line['p99_ms']:,.0f} ms | {line['peak_mib']:,.0f} MiB | {line['bytes_per_row']:.0f} "
         f"| {line['seconds']:g} s on {line['machine']}, {line['month']} |"
     )
 
@@ -123,7 +126,8 @@ def measure(engine: str, streams: int, seconds: float) -> dict[str, Any]:
                 )
                 for share in shares
             ]
-            results = [json.loads(client.communicate()[0]) for client in clients]
+            with contextlib.nullcontext() if engine == "clickhouse" else asking(target.url):  # chDB is one process's
+                results = [json.loads(client.communicate()[0]) for client in clients]
             peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
             assert peak
         finally:
@@ -133,10 +137,14 @@ def measure(engine: str, streams: int, seconds: float) -> dict[str, Any]:
         rows = sum(result["rows"] for result in results)
         stored = sum(result["all_rows"] for result in results)
         latencies = np.concatenate([result["latencies_s"] for result in results])
+        at = np.concatenate([result["acknowledged_s"] for result in results])
+        edge = min(10.0, seconds / 2)
         return {
             "engine": engine,
             "streams": streams,
             "rows_per_s": round(rows / seconds),
+            "first_rows_per_s": round(int((at < edge).sum()) * ROWS / edge),
+            "last_rows_per_s": round(int((at >= seconds - edge).sum()) * ROWS / edge),
             "median_ms": round(float(np.median(latencies)) * 1e3, 1),
             "p99_ms": round(float(np.quantile(latencies, 0.99)) * 1e3, 1),
             "peak_mib": round(int(peak[1]) / 1024),
@@ -150,13 +158,15 @@ def measure(engine: str, streams: int, seconds: float) -> dict[str, Any]:
 def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
     """Sends over `streams` streams until time is up; what was acknowledged within the measured time."""
     latencies: list[float] = []
+    times: list[float] = []
     totals: list[int] = []
     window = Window(seconds)
     all_open = threading.Barrier(streams, action=window.open)
 
     def send() -> None:
-        own, acknowledged = converse(address, all_open, window)
+        own, at, acknowledged = converse(address, all_open, window)
         latencies.extend(own)
+        times.extend(at)
         totals.append(acknowledged)
 
     threads = [threading.Thread(target=send) for _ in range(streams)]
@@ -164,7 +174,12 @@ def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
         thread.start()
     for thread in threads:
         thread.join()
-    return {"rows": len(latencies) * ROWS, "all_rows": sum(totals) * ROWS, "latencies_s": latencies}
+    return {
+        "rows": len(latencies) * ROWS,
+        "all_rows": sum(totals) * ROWS,
+        "latencies_s": latencies,
+        "acknowledged_s": times,
+    }
 
 
 class Window:
@@ -180,8 +195,8 @@ class Window:
         self.end = self.start + self._seconds
 
 
-def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple[list[float], int]:
-    """One agent: latencies of the batches acknowledged in the measured time, and how many were in all."""
+def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple[list[float], list[float], int]:
+    """One agent: latencies of the batches acknowledged in the measured time, when that was, and how many in all."""
     ready = threading.Semaphore(0)
     sent_at: list[float] = []
 
@@ -194,6 +209,7 @@ def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple
             yield pb.ClientMessage(stats=batch(len(sent_at), columns, compressor))
 
     latencies: list[float] = []
+    times: list[float] = []
     acknowledged = 0
     with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         stub = pb_grpc.TelemetryStub(channel)  # type: ignore[no-untyped-call]  # generated
@@ -205,9 +221,32 @@ def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple
             while acknowledged < message.ack.up_to_seq:
                 if window.start <= now < window.end:
                     latencies.append(now - sent_at[acknowledged])
+                    times.append(now - window.start)
                 acknowledged += 1
                 ready.release()
-    return latencies, acknowledged
+    return latencies, times, acknowledged
+
+
+@contextlib.contextmanager
+def asking(url: str) -> Iterator[None]:
+    """The dashboard's questions once a second, meanwhile."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        reader = Reader(url)
+        while not stop.wait(1):
+            for run in reader.runs():
+                reader.heatmap(run.id, "overflow")
+                reader.top(run.id, last_steps=1000, limit=20)
+                reader.series(run.id, 0, ["amax", "scale_exp2", "headroom"])
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        asker.join()
 
 
 def opening() -> pb.Open:
@@ -218,8 +257,8 @@ def opening() -> pb.Open:
     source = uuid.uuid4()
     return pb.Open(
         run="bench",
-        rank=source.int % 2**30,
-        world_size=2**30,
+        rank=source.int % 2**19,
+        world_size=2**19,
         incarnation=1,
         source_uuid=str(source),
         slots=slots,
@@ -242,7 +281,8 @@ def first_columns() -> dict[str, np.ndarray]:
 def batch(seq: int, columns: dict[str, np.ndarray], compressor: zstandard.ZstdCompressor) -> pb.StatsBatch:
     packed = pb.StatsColumns(
         step=np.full(ROWS, seq, "<u8").tobytes(),
-        **{name: np.roll(column, seq).tobytes() for name, column in columns.items()},
+        slot=columns["slot"].tobytes(),
+        **{name: np.roll(column, seq).tobytes() for name, column in columns.items() if name != "slot"},
     ).SerializeToString()
     return pb.StatsBatch(
         seq=seq,

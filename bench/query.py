@@ -3,29 +3,26 @@
 Rows go through the collector's own writer, without gRPC, so with all rollups. Each question is asked of `Reader` some
 times, warm; the median counts. Beside the large run there are a thousand small ones for the list.
 
-    python bench/query.py [--rows 2e6 20e6] [--engines sqlite postgresql]
+    python bench/query.py [--rows 2e6 20e6] [--engines sqlite postgresql clickhouse]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import sqlalchemy as sa
 
-import postgres
+from engines import ENGINES, Database, database
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.engine import migrate, open_engine
-from fp8scope_collector.storage.overview import database_bytes
+from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.writer import StatsWriter
 from ingest import machine
@@ -46,7 +43,7 @@ TARGET_MS = {
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rows", type=float, nargs="*", default=[2e6, 20e6], help="sizes, ascending")
-    arguments.add_argument("--engines", nargs="*", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
+    arguments.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES, help="databases")
     options = arguments.parse_args()
     lines = [
         "# What a question costs",
@@ -59,33 +56,24 @@ def main() -> None:
         f"| target | 20,160,000 | {' | '.join(f'≤ {target}' for target in TARGET_MS.values())} | | |",
     ]
     for engine in options.engines:
-        with database(engine) as url:
-            for line in measure(engine, url, [int(rows) for rows in options.rows]):
+        with database(engine) as target:
+            for line in measure(engine, target, [int(rows) for rows in options.rows]):
                 print(line, flush=True)
                 lines.append(line)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("\n".join(lines) + "\n")
 
 
-@contextmanager
-def database(engine: str) -> Iterator[str]:
-    """An empty database of that kind."""
-    if engine == "postgresql":
-        with postgres.database() as url:
-            yield url
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"sqlite:///{folder}/bench.db"
-
-
-def measure(name: str, url: str, sizes: list[int]) -> Iterator[str]:
+def measure(name: str, target: Database, sizes: list[int]) -> Iterator[str]:
     """One line of the table for each size; rows are added in between."""
-    engine = open_engine(url)
+    engine = open_engine(target.url)
     migrate(engine)
+    store = open_stats(engine)
+    store.migrate()
     add_small_runs(engine)
-    empty = size_of(engine)
+    empty = target.size_bytes()
     source = add_source(engine, "large", SLOTS)
-    writer, steps = StatsWriter(engine), 0
+    writer, steps = StatsWriter(engine, store), 0
     chance = np.random.default_rng(0)
     for rows in sizes:
         start = time.perf_counter()
@@ -99,11 +87,12 @@ def measure(name: str, url: str, sizes: list[int]) -> Iterator[str]:
         if name == "postgresql":
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql("VACUUM (ANALYZE)")
-        asked = questions(url, source, steps)
-        size = (size_of(engine) - empty) / (steps * SLOTS)
+        asked = questions(target.url, source, steps)
+        size = (target.size_bytes() - empty) / (steps * SLOTS)
         share = rollup_bytes(engine) / (steps * SLOTS)
         cells = " | ".join(f"{median:.1f}" for median in asked)
         yield f"| {name} | {steps * SLOTS:,} | {cells} | {size - share:.0f} + {share:.0f} | {rate:,.0f} |"
+    store.close()
     engine.dispose()
 
 
@@ -187,12 +176,6 @@ def add_small_runs(engine: sa.Engine) -> None:
         covered = [{"source_id": i, "first_step": 0, "rolled_step": 100, "pruned_step": 100} for i in ids]
         connection.execute(schema.coverage.insert(), covered)
         connection.execute(schema.source.update().values(last_step=99, rows=100))
-
-
-def size_of(engine: sa.Engine) -> int:
-    """Bytes of the database."""
-    with engine.connect() as connection:
-        return database_bytes(connection)
 
 
 def rollup_bytes(engine: sa.Engine) -> int:
