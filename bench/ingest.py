@@ -97,7 +97,8 @@ def row_of(line: dict[str, Any]) -> str:
     return (
         f"| {NAMES[line['engine']]} | {line['streams']} | {line['rows_per_s']:,.0f} "
         f"| {line.get('first_rows_per_s', 0):,.0f}, {line.get('last_rows_per_s', 0):,.0f} "
-        f"| {line['median_ms']:,.0f} ms | {line['p99_ms']:,.0f} ms | {line['peak_mib']:,.0f} MiB | {line['bytes_per_row']:.0f} "
+        f"| {line['median_ms']:,.0f} ms | {line['p99_ms']:,.0f} ms | {line['peak_mib']:,.0f} MiB "
+        f"| {line['bytes_per_row']:.0f} "
         f"| {line['seconds']:g} s on {line['machine']}, {line['month']} |"
     )
 
