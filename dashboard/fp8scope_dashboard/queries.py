@@ -35,6 +35,8 @@ from fp8scope_dashboard.charts import panels, tensor
 from fp8scope_dashboard.charts.compare import Divergence, aligned, divergence
 from fp8scope_dashboard.collector import Service, ask
 
+_LATE_STEPS = 32  # a rank that is later than that is seen a minute later
+_SIDES = ("low", "high")
 _NONE = np.empty(0)
 _NO_STEP = _NONE.astype(np.int64)
 _NO_VALUES = dict.fromkeys(tensor.FIELDS, _NONE)
@@ -103,12 +105,40 @@ def scalars(_url: str, run_id: int, rows: int, first_step: int, last_step: int) 
     return reader().scalars(run_id, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS)
 
 
-@st.cache_data(ttl=1.5, max_entries=256, show_spinner=False)
-def series(_url: str, run_id: int, rows: int, slot: int, first_step: int, last_step: int) -> Series:
-    """Everything that is recorded about one slot over a range of steps."""
-    return reader().series(
+@st.cache_data(ttl=60.0, max_entries=256, show_spinner=False)
+def _settled_series(url: str, run_id: int, _incarnations: int, slot: int, first_step: int, last_step: int) -> Series:
+    return _reader(url).series(
         run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
     )
+
+
+@st.cache_data(ttl=1.5, max_entries=256, show_spinner=False)
+def _newest_series(url: str, run_id: int, _rows: int, slot: int, first_step: int, last_step: int) -> Series:
+    return _reader(url).series(
+        run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
+    )
+
+
+def series(run: RunSummary, slot: int, first_step: int, last_step: int) -> Series:
+    """Everything that is recorded about one slot over a range of steps.
+
+    Of a run that grows only what lies above a round number of steps is read at each tick.
+    """
+    url = database_url()
+    chunk = max(64, 2 ** int(np.log2(max(1, last_step - first_step + 1))) // 16)
+    settled = (last_step - _LATE_STEPS) // chunk * chunk - 1
+    if run.state in ("finished", "failed") or settled <= first_step or last_step < (run.last_step or 0):
+        return _newest_series(url, run.id, run.rows, slot, first_step, last_step)
+    old = _settled_series(url, run.id, run.incarnations, slot, first_step, settled)
+    new = _newest_series(url, run.id, run.rows, slot, settled + 1, last_step)
+    return joined(old, new)
+
+
+def joined(old: Series, new: Series) -> Series:
+    """Two stretches of one slot as one."""
+    step, last, count = (np.concatenate([getattr(s, n) for s in (old, new)]) for n in ("step", "last", "count"))
+    low, high = ({n: np.concatenate([getattr(s, side)[n] for s in (old, new)]) for n in old.low} for side in _SIDES)
+    return Series(step, last, count, low, high)
 
 
 @dataclass(frozen=True)
@@ -280,19 +310,22 @@ class LiveHeatMaps:
             )
         else:
             assert before is not None
-            since = max(before.settled_step // width, first_column) * width
+            since = max(before.settled_step + 1, first_column * width)
             parts = source.heatmaps(self.run_id, self.quantities, first_step=since, last_step=end, width=width)
             self._maps = [_extended(known, part) for known, part in zip(self._maps, parts, strict=True)]
         self.progress = now
 
 
 def _extended(known: HeatMap, part: HeatMap) -> HeatMap:
-    """`known` with its last columns replaced, and new ones added, by `part`."""
+    """`known` with the extremes of newer steps, which may have been known of some ranks before."""
     if not part.low.shape[1] or part.slots.size != known.slots.size:
         return known
-    keep = part.first_column - known.first_column
-    gap = np.full((known.slots.size, max(0, keep - known.low.shape[1])), np.nan)
-    low, high = (np.hstack([a[:, :keep], gap, b]) for a, b in ((known.low, part.low), (known.high, part.high)))
+    start = part.first_column - known.first_column
+    old, end = known.low.shape[1], start + part.low.shape[1]
+    low, high = (np.full((known.slots.size, max(old, end)), np.nan) for _ in _SIDES)
+    low[:, :old], high[:, :old] = known.low, known.high
+    low[:, start:end] = np.fmin(low[:, start:end], part.low)
+    high[:, start:end] = np.fmax(high[:, start:end], part.high)
     return replace(known, low=low, high=high)
 
 

@@ -55,11 +55,11 @@ def stored(engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEP
             connection.execute(
                 schema.coverage.insert().values(source_id=source_id, first_step=0, rolled_step=0, pruned_step=0)
             )
-    append(engine, source_id, 3 * len(layers), range(steps))
+    written(engine, source_id, 3 * len(layers), range(steps))
     return int(source_id)
 
 
-def append(engine: sa.Engine, source_id: int, slots: int, steps: range) -> None:
+def written(engine: sa.Engine, source_id: int, slots: int, steps: range) -> None:
     """Rows and scalars of these steps, as the collector would write them."""
     rows = []
     for step in steps:
@@ -119,6 +119,12 @@ def open_app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AppTest]
 def record() -> Callable[..., int]:
     """A function: a run in a database; the id of its source."""
     return stored
+
+
+@pytest.fixture
+def append() -> Callable[..., None]:
+    """A function: rows of further steps of a source."""
+    return written
 
 
 @pytest.fixture

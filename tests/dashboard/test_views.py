@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import QUANTITIES, Reader, StorageError
 from fp8scope_dashboard import queries
+from fp8scope_dashboard.charts import tensor
 
 OpenApp = Callable[..., AppTest]
 HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:alert(1)) & "q" `c`'
@@ -287,3 +289,48 @@ def test_a_regular_expression_that_is_none_is_a_sentence(open_app: OpenApp, reco
 
     assert not app.exception
     assert "not a regular expression" in app.info[0].value
+
+
+@pytest.fixture
+def growing(tmp_path: Path, record: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run of 100 steps and a function that appends steps to it; the views read its database."""
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_engine(url)
+    migrate(engine)
+    source = record(engine, "gpt", ["blocks.0.fc", "blocks.1.fc"], steps=100)
+    monkeypatch.setenv("FP8SCOPE_DB", url)
+    yield url, engine, source
+    engine.dispose()
+
+
+def test_a_live_heat_map_is_what_reading_all_of_it_gives(
+    growing: Any, append: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, engine, source = growing
+    monkeypatch.setattr("fp8scope_dashboard.charts.panels.MAX_COLUMNS", 20)
+    live = queries.LiveHeatMaps(1, ("scale_exp2", "overflow"), 0, None)
+    live.read()
+
+    for steps in (range(100, 103), range(103, 131)):
+        append(engine, source, 6, steps)
+        live._read_at = 0.0
+        found = live.read()
+
+    assert found["overflow"].width == 8
+    for whole in Reader(url).heatmaps(1, ("scale_exp2", "overflow"), width=8):
+        np.testing.assert_array_equal(found[whole.quantity].low, whole.low)
+        np.testing.assert_array_equal(found[whole.quantity].high, whole.high)
+
+
+def test_a_live_curve_has_every_step_once_and_all_extremes(growing: Any, append: Callable[..., None]) -> None:
+    url, engine, source = growing
+    append(engine, source, 6, range(100, 230))
+
+    found = queries.series(Reader(url).run("gpt"), 5, 0, 229)
+
+    whole = Reader(url).series(1, 5, tensor.FIELDS, max_points=1000)
+    assert int(found.count.sum()) == 230
+    assert (np.diff(found.step) > 0).all()
+    for name in tensor.FIELDS:
+        assert np.nanmax(found.high[name]) == np.nanmax(whole.high[name])
+        assert np.nanmin(found.low[name]) == np.nanmin(whole.low[name])

@@ -230,7 +230,7 @@ def _tensor(
     for run, span in zip(runs, spans, strict=True):
         number = next((s.slot for s in queries.slots_of(run) if (s.layer, s.role) == (chosen.layer, chosen.role)), None)
         if number is not None:
-            curves.append((run.ref, queries.series(queries.database_url(), run.id, run.rows, number, *span)))
+            curves.append((run.ref, queries.series(run, number, *span)))
         else:
             curves.append((run.ref, queries.NOTHING))
     panel.title("tensor title", f"{chosen.role.value} of {chosen.layer}", "in all runs")

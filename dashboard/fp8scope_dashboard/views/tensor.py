@@ -91,7 +91,7 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
 
 
 def _series(run: RunSummary, slot: Slot, first: int, last: int) -> Series:
-    return queries.series(queries.database_url(), run.id, run.rows, slot.slot, first, last)
+    return queries.series(run, slot.slot, first, last)
 
 
 def _note(series: Series) -> list[str]:
