@@ -145,7 +145,7 @@ def find() -> Callable[..., None]:
     """A function: stores an open finding."""
 
     def find(engine: sa.Engine, run_id: int, *, slot: int, severity: str, rule: str = "overflow") -> None:
-        texts = dict.fromkeys(("says", "evidence", "cause", "remedy", "change", "note"), "it clips")
+        texts = dict.fromkeys(("says", "evidence", "cause", "remedy", "change"), "it clips")
         numbers = dict.fromkeys(("first_step", "last_step", "first_row", "last_row", "rows", "worst_step"), 3)
         times = {"opened_unix_ns": time.time_ns(), "updated_unix_ns": time.time_ns()}
         values = {"run_id": run_id, "slot": slot, "severity": severity, "rule": rule, **texts, **numbers, **times}

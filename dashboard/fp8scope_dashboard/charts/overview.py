@@ -156,7 +156,7 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) 
     reference = _median(low)
     farther = np.where(np.abs(high - reference) >= np.abs(low - reference), high, low)
     change = farther - reference
-    size = max(2.0, math.ceil(_quantile(np.abs(change), 0.98))) if np.isfinite(change).any() else 2.0
+    size = max(2.0, math.ceil(_quantile(np.abs(change), 0.99))) if np.isfinite(change).any() else 2.0
     marks = np.unique(np.linspace(-size, size, 5).round())
     words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
     return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words)

@@ -194,7 +194,7 @@ function findingsParts(state, data) {
 }
 
 function finding(state, entry) {
-  const details = element("details", `fs-finding ${entry.state === "open" ? "" : "fs-past"}`);
+  const details = element("details", `fs-finding ${entry.state === "open" || entry.ending === "ended" ? "" : "fs-past"}`);
   const id = entry.ids[0];
   details.open = state.open.has(id);
   details.ontoggle = () => state.open[details.open ? "add" : "delete"](id);
@@ -213,7 +213,7 @@ function finding(state, entry) {
   when.title = `${entry.rule}, first seen ${longTime(entry.opened)}`;
   line.append(severity, what);
   if (entry.run) line.append(link(state, entry.run.to, entry.run.text, "fs-link fs-of"));
-  const how = entry.seen ? `seen by ${entry.seen.by}` : entry.state === "closed" ? entry.ending || "closed" : "why · what to do";
+  const how = entry.seen ? `seen by ${entry.seen.by}` : entry.state === "closed" && entry.ending !== "ended" ? entry.ending || "closed" : "why · what to do";
   line.append(when, element("span", "fs-how", how));
   const body = element("dl", "fs-why");
   const tell = (name, ...what) => {

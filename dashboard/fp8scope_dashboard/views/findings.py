@@ -63,11 +63,17 @@ def _list(where: links.Where, state: str, severity: str) -> None:
 
 
 def strip(where: links.Where, run_id: int) -> None:
-    """The few worst findings of a run that are open and that nobody has acknowledged, above its charts."""
-    waiting = [finding for finding in queries.findings(run_id) if _state(finding) == "open"]
+    """The few worst findings of a run that nobody has acknowledged, above its charts: open, or so until its end."""
+    waiting = [
+        finding
+        for finding in queries.findings(run_id)
+        if finding.acknowledged_unix_ns is None and (finding.is_open or finding.ending == "ended")
+    ]
     entries, rest = _grouped(waiting), {}
     if len(entries) > IN_STRIP:
-        rest = {"more": {"text": f"all {text.count(len(waiting))} open findings", "to": where.leave(view="findings")}}
+        shown = "" if any(finding.is_open for finding in waiting) else "closed"
+        to = where.leave(view="findings", show=shown)
+        rest = {"more": {"text": f"all {text.count(len(waiting))} findings", "to": to}}
         entries = entries[:IN_STRIP]
     shell.follow(panel.findings("strip", entries, empty="No open findings.", compact=True, **rest))
 
