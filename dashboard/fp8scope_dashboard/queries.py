@@ -17,8 +17,10 @@ import numpy as np
 import streamlit as st
 
 from fp8scope_collector.storage.acknowledge import AcknowledgeError, Acknowledger
+from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.reader import (
     HeatMap,
+    Histograms,
     Progress,
     Quantity,
     Reader,
@@ -132,6 +134,17 @@ def series(run: RunSummary, slot: int, first_step: int, last_step: int) -> Serie
     old = _settled_series(url, run.id, run.incarnations, slot, first_step, settled)
     new = _newest_series(url, run.id, run.rows, slot, settled + 1, last_step)
     return joined(old, new)
+
+
+@st.cache_data(ttl=10.0, max_entries=64, show_spinner=False)
+def _histograms(url: str, run_id: int, slot: int, first_step: int, last_step: int) -> Histograms:
+    return _reader(url).histograms(run_id, slot, first_step, last_step)
+
+
+def histograms(run: RunSummary, slot: int, first_step: int, last_step: int) -> Histograms:
+    """How one slot's magnitudes were distributed where that was sampled; of a run that grows, ten seconds old."""
+    following = run.state not in ("finished", "failed") and last_step == run.last_step
+    return _histograms(database_url(), run.id, slot, first_step, LAST_STEP if following else last_step)
 
 
 def joined(old: Series, new: Series) -> Series:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fp8core.records import Role
-from fp8scope_collector.storage.reader import HeatMap, Quantity, Slot
+from fp8scope_collector.storage.reader import HeatMap, Histograms, Quantity, Slot
 from fp8scope_dashboard import links, names, text
-from fp8scope_dashboard.charts import overview, panels, ranking
+from fp8scope_dashboard.charts import overview, panels, ranking, tensor
 from fp8scope_dashboard.component import message, panel
 
 
@@ -277,3 +277,15 @@ def test_a_band_has_no_height_where_an_edge_is_missing() -> None:
     low, high = panels.flat_where_missing(np.array([1.0, np.nan, 3.0]), np.array([2.0, np.nan, 4.0]))
 
     np.testing.assert_array_equal(high - low, [1, 0, 1])
+
+
+def test_the_density_of_magnitudes_lies_at_their_powers_of_two() -> None:
+    counts = np.zeros((256, 2), np.int64)
+    counts[127 - 3, 0], counts[127 + 1, 0], counts[0, 1] = 900, 100, 50  # 2**-3, 2, and only zeros
+
+    trace = tensor.density(Histograms(np.array([0, 8]), np.array([7, 15]), np.array([1, 1]), counts), "y2")
+
+    assert trace["y"].tolist() == [-2.5, -1.5, -0.5, 0.5, 1.5]
+    np.testing.assert_allclose(trace["z"][[0, 4], 0], np.log10([0.9, 0.1]), rtol=1e-6)
+    assert np.isnan(trace["z"][1:4]).all()
+    assert np.isnan(trace["z"][:, 1]).all()

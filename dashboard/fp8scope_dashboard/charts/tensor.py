@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8core.formats import FORMATS, Fp8Format
-from fp8scope_collector.storage.reader import Series, Slot
+from fp8scope_collector.storage.reader import Histograms, Series, Slot
 from fp8scope_dashboard import text, theme
 from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, with_gaps
 
@@ -32,9 +32,17 @@ _STEPS = {"shape": "hv"}
 
 
 def tensor_figure(
-    series: Series, slot: Slot, first_step: int, last_step: int, step: int | None
+    series: Series,
+    slot: Slot,
+    first_step: int,
+    last_step: int,
+    step: int | None,
+    histograms: Histograms | None = None,
 ) -> tuple[theme.Figure, int]:
-    """Window, strips, scale, headroom, shares and SQNR of one tensor on one step axis; `step` is marked."""
+    """Window, strips, scale, headroom, shares and SQNR of one tensor on one step axis; `step` is marked.
+
+    Where magnitudes were sampled, their density lies behind the window.
+    """
     heights = {"overflow": 13, "window": 270, "underflow": 13, "scale": 70, "headroom": 78, "shares": 92, "sqnr": 64}
     gaps = {"overflow": 2, "window": 2, "underflow": 30, "scale": 26, "headroom": 26, "shares": 26, "sqnr": 0}
     height = sum(heights.values()) + sum(gaps.values()) + MARGIN["t"] + MARGIN["b"]
@@ -49,6 +57,8 @@ def tensor_figure(
         held = f"band: what {fmt} holds in this tensor's units, max {text.number(fmt.max)} / scale; pale: subnormal"
         legend = f"{held}  ·  line: <b>amax</b>  ·  dotted: rms  ·  ticks: the scale changed"
         layout["annotations"].append(theme.label(legend, 1.0))
+    if histograms is not None and histograms.step.size:
+        traces.append(density(histograms, _axis("y", 2)))
     _strip(traces, layout, series, "overflow", 1, domain["overflow"], slot)
     _window(traces, layout, series, fmt, slot, 2, domain["window"])
     _strip(traces, layout, series, "underflow", 3, domain["underflow"], slot)
@@ -144,6 +154,30 @@ def _window(
     layout[_axis("yaxis", number)] = theme.value_axis(*domain, range=[low, high], **_exponents(ticks))
     if not small:
         layout[_axis("yaxis", number)]["title"] = {"text": "value", "standoff": 4}
+
+
+def density(histograms: Histograms, yaxis: str) -> dict[str, Any]:
+    """The share of elements in each power of two, log scale, at the steps where they were sampled."""
+    counts = histograms.counts[1:255].astype(np.float64)
+    share = counts / np.maximum(histograms.counts.sum(axis=0), 1)
+    with np.errstate(divide="ignore"):
+        z = np.where(share > 0, np.log10(share), np.nan)
+    used = np.flatnonzero(np.isfinite(z).any(axis=1))
+    rows = slice(used[0], used[-1] + 1) if used.size else slice(0, 1)
+    return {
+        "type": "heatmap",
+        "xaxis": "x",
+        "yaxis": yaxis,
+        "x": (histograms.step + histograms.last) / 2,
+        "y": np.arange(1, 255)[rows] - 127 + 0.5,  # the middle of 2**e to 2**(e + 1)
+        "z": z[rows].astype(np.float32),
+        "zmin": -7,
+        "zmax": 0,
+        "colorscale": [(0.0, "$ground"), (1.0, "$faint")],
+        "showscale": False,
+        "hoverinfo": "skip",
+        "hoverongaps": False,
+    }
 
 
 def _bands(traces: list[Any], x: Floats, limits: list[Floats], yaxis: str, color: str) -> None:

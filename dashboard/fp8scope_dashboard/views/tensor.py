@@ -69,7 +69,9 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
     explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
     events: list[panel.Event | None] = []
     with main:
-        figure, height = tensor.tensor_figure(series, chosen, first, last, where.step)
+        figure, height = tensor.tensor_figure(
+            series, chosen, first, last, where.step, queries.histograms(run, chosen.slot, first, last)
+        )
         events.append(panel.chart("tensor", figure, height=height, view=explicit, clickable=True, note=_note(series)))
     with beside:
         if series.step.size:
