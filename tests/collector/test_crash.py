@@ -23,6 +23,7 @@ from fp8scope_collector.storage.engine import open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
 from fp8scope_collector.storage.stats_store import row_schema
 from fp8scope_protos.v1 import telemetry_pb2 as pb
+from rollup_reference import compare
 
 RANKS = 3
 SLOTS = 60
@@ -131,6 +132,8 @@ def _kill_under_load(
         collector.process.wait()
         acknowledged = [agent.up_to_seq for agent in agents]
         _check(url, [range(1, seq + 1) for seq in acknowledged], exactly=False)
+        rolled = _check_rollups(url)
+    assert rolled or "stats=" in url, "nothing was rolled up, so nothing was compared"
 
     collector = start_collector(url)
     for agent in agents:
@@ -172,6 +175,18 @@ def _check(url: str, expected: list[range], *, exactly: bool) -> None:
             assert found.tolist() == list(steps)
         if exactly or "stats=" not in url:
             assert mark.up_to_seq == found.max(), "watermark and rows are committed together"
+
+
+def _check_rollups(url: str) -> bool:
+    """Rollups are those of the raw rows that they say they hold; whether they hold any."""
+    if "stats=" in url:  # raw rows of a database that belongs to another process
+        return False
+    engine = open_engine(url, read_only=True)
+    compare(engine)
+    with engine.connect() as connection:
+        rolled = connection.scalar(sa.select(sa.func.max(schema.coverage.c.rolled_step)))
+    engine.dispose()
+    return bool(rolled)
 
 
 def test_connections_that_postgresql_cuts_lose_nothing(
