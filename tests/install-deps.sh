@@ -17,7 +17,12 @@ need() { # PACKAGE CHECK...: PACKAGE is missing unless CHECK succeeds
 has_browser() { has chromium || has chromium-browser || has google-chrome; }
 has_alertmanager() { { has prometheus-alertmanager || has alertmanager; } && has amtool; }
 has_prometheus() { has prometheus && has promtool; }
-has_postgresql() { has initdb || compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null; }
+has_postgresql() {
+    local program
+    for program in initdb pg_dump pg_restore; do
+        has "$program" || compgen -G "/usr/lib/postgresql/*/bin/$program" >/dev/null || return 1
+    done
+}
 has_fonts() { [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ]; }
 has_sans() { [ -e /usr/share/fonts/truetype/liberation/LiberationSans-Regular.ttf ]; }
 

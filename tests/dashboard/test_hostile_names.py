@@ -113,7 +113,6 @@ def test_hostile_names_are_text_on_every_view(
                 assert page.locator("[data-testid=stException]").count() == 0, view
                 wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
                 assert wide <= 0, f"{view} is {wide} px wider than the window"
-                wrong += [f"{view}: {line}" for line in wrong if not line.startswith("{")][:0]
                 if view.get("run") == RUN and "layer" not in view:
                     assert RUN in shown, view
             browser.close()

@@ -46,7 +46,9 @@ def test_root_installs_what_is_missing_and_only_that_and_starts_no_service(tmp_p
     policy = Path("/usr/sbin/policy-rc.d")
     was_there = policy.exists()
     log = tmp_path / "apt.log"
-    there = dict.fromkeys(["chromium", "g++", "ss", "wget", "prometheus", "promtool", "initdb"], "")
+    there = dict.fromkeys(
+        ["chromium", "g++", "ss", "wget", "prometheus", "promtool", "initdb", "pg_dump", "pg_restore"], ""
+    )
     apt = f"[ -x {policy} ] && echo $* >> {log}"
     real = {name: f'exec {shutil.which(name)} "$@"' for name in ["rm", "chmod"]}
     tools = {"id": "echo 0", "apt-get": apt, **real, **there}

@@ -129,6 +129,7 @@ def test_many_tensors_of_one_rule_are_counted_and_json_has_them_all(
         "evidence": "",
         "cause": "",
         "remedy": "",
+        "change": "",
     }
 
 
