@@ -3,11 +3,11 @@
     python bench/found_faults.py                              # all of it: about ten minutes of one core
     python bench/found_faults.py --keep DIR --budget-s 300    # in pieces: recordings stay in DIR; run it until it ends
 
-The model is that of the tests, 2 layers of width 32; the seeds are not those that thresholds were set with. Each fault
-is injected under each recipe that shows it, beside a twin of the same seed without it. "Deviation" is the first step in
-which the tensor that the fault is in differs measurably from the twin's (its amax or scale by 10 %, a count by 0.1 % of
-its elements, a weight between ranks at all); "loss up" the first in which the mean of three losses is 10 % above the
-twin's. Writes bench/results/found_faults.md and the tables of docs/diagnosis.md.
+The model is that of the tests, 2 layers of width 32; the seeds are not those that thresholds were set with. Each
+fault is injected under each recipe that shows it, beside a twin of the same seed without it. "Deviation" is the first
+step in which the tensor that the fault is in differs measurably from the twin's (its amax or scale by 10 %, a count
+by 0.1 % of its elements, a frozen scale and a weight between ranks at all); "loss up" the first in which the mean of
+three losses is 10 % above the twin's. Writes bench/results/found_faults.md and the tables of docs/diagnosis.md.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def deviation(spec: Spec, broken: Window, twin: Window) -> int | None:
                     differs |= np.abs(ours[count] - theirs[count]) / theirs["numel"] > 1e-3
                 differs |= np.isnan(ours["amax"]) != np.isnan(theirs["amax"])
                 differs |= np.abs(np.log2(ours["scale_min"] / theirs["scale_min"])) > np.log2(1.1)
+                if spec.rule == "scale-frozen":  # exact arithmetic: it does not wait for ten per cent
+                    differs = ours["scale_min"] != theirs["scale_min"]
         if differs.any():
             return step
     return None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 import zlib
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 
 from fp8core.records import FIELDS, Role
@@ -68,7 +70,10 @@ class Job:
         for index in range(len(self.sources)) if rank is None else [rank]:
             steps, slots = np.nonzero(self.window.present[index, first:end])
             at = first + steps
-            columns = {"step": self.window.steps[at].astype(np.uint64), "slot": slots.astype(np.uint32)}
+            columns: dict[str, npt.NDArray[Any]] = {
+                "step": self.window.steps[at].astype(np.uint64),
+                "slot": slots.astype(np.uint32),
+            }
             for field in FIELDS:
                 if field.name in self.window.fields:
                     columns[field.name] = self.window[field.name][index, at, slots].astype(field.dtype)
