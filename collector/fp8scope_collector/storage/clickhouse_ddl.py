@@ -72,6 +72,7 @@ def _table(
 ) -> str:
     engine = f"ReplacingMergeTree({version})"
     settings = {"fsync_after_insert": 1, "fsync_part_directory": 1}  # an insert that returned is on disk
+    settings["min_bytes_for_wide_part"] = 64 << 20  # an insert is one file of columns to sync, not thirty
     if cluster:
         arguments = ", ".join(filter(None, ["'/clickhouse/tables/{shard}/{database}/{table}'", "'{replica}'", version]))
         engine = f"ReplicatedReplacingMergeTree({arguments})"
