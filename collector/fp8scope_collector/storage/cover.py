@@ -121,3 +121,33 @@ def read_buckets(
             for name, bucket, value in connection.execute(query):
                 if value:
                     yield Stored(group.incarnation, group.level, bucket, name, np.frombuffer(value, types[name]))
+
+
+def read_slot(
+    connection: sa.Connection, run_id: int, buckets: Sequence[Buckets], names: Sequence[str], slot: int
+) -> Iterator[tuple[Buckets, str, npt.NDArray[np.int64], npt.NDArray[Any]]]:
+    """What `read_buckets` says of one slot, array by array: its group, its name, the buckets, and a value of each.
+
+    A bucket comes once for each of its parts.
+    """
+    rollup = schema.rollup.c
+    types = {name: dtype_of(name) for name in names}
+    for group in buckets:
+        for size in sorted({dtype.itemsize for dtype in types.values()}):
+            same = [name for name in names if types[name].itemsize == size]
+            query = sa.select(rollup.name, rollup.bucket, sa.func.substr(rollup.data, size * slot + 1, size)).where(
+                rollup.run_id == run_id,
+                rollup.level == group.level,
+                rollup.name.in_(same),
+                rollup.incarnation == group.incarnation,
+                rollup.bucket.between(group.first, group.last),
+            )
+            found: dict[str, tuple[list[int], list[bytes]]] = {name: ([], []) for name in same}
+            for name, bucket, value in connection.execute(query):
+                if value:
+                    numbers, values = found[name]
+                    numbers.append(bucket)
+                    values.append(value)
+            for name, (numbers, values) in found.items():
+                if numbers:
+                    yield group, name, np.array(numbers), np.frombuffer(b"".join(values), types[name])

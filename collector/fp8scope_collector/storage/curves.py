@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fp8scope_collector.storage.cover import cover, read_buckets
+from fp8scope_collector.storage.cover import cover, read_slot
 from fp8scope_collector.storage.history import owned_spans
 from fp8scope_collector.storage.maps import choose_width, extent
 from fp8scope_collector.storage.quantities import Floats, Ints, in_unit, source_of
@@ -41,17 +41,19 @@ def series(
     limit: dict[int, float] = {}
     if "headroom" in fields and slot < view.slots:
         limit = {life: float(view.log2_max(life)[slot]) for life in {span.incarnation for span in spans}}
-    for part in read_buckets(view.connection, view.run_id, found.buckets, ["steps", "first", "last", *wanted], slot):
-        value = float(part.values[0])
-        step = part.bucket * part.level
-        if part.name in ("steps", "first", "last"):
-            entries.note(part.name, part.level, step, int(part.values[0]))
+    own_steps = ("steps", "first", "last")
+    for group, name, bucket, values in read_slot(
+        view.connection, view.run_id, found.buckets, [*own_steps, *wanted], slot
+    ):
+        steps = bucket * group.level
+        if name in own_steps:
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                entries.note(name, group.level, step, value)
             continue
-        entry = entries.of(step)
-        for field, is_low in wanted[part.name]:
-            own = limit[part.incarnation] - value if field == "headroom" else value
+        for field, is_low in wanted[name]:
+            own = values.astype(np.float64)
             target, extreme = (low, np.fmin) if is_low else (high, np.fmax)
-            target[field][entry] = extreme(target[field][entry], own)
+            extreme.at(target[field], entries.of(steps), limit[group.incarnation] - own if field == "headroom" else own)
     names = list(dict.fromkeys(name for field in fields for name in source_of(field).fields))
     for rows in view.rows(found.raw, names, slots=[slot]):
         entry_of = entries.of(rows.step)
