@@ -1,16 +1,32 @@
-"""What watching costs: a small GPT's steps with and without a monitor, and `Monitor.step` at the size of a 70B model.
+"""What watching costs: the demo's GPT with and without the agent, beside what one would use instead of it.
 
-"Without" is the same FP8 model that nobody attached to. Blocks of monitored and unmonitored steps alternate, with a
-pause between them so that the drain thread's last work falls on neither; the ratio is of neighbouring blocks, so that a
-machine that gets slower does not show as overhead. The sender and a collector run on the same machine meanwhile.
+Each variant has a model of its own with the same weights. In each round every variant takes a turn of some steps, after
+one that is not timed (in which the work falls that the variant before left to its threads), while a sender and a real
+collector run on the same machine. A ratio is of turns of one round, so that a machine that gets slower does not show as
+a cost.
 
-    python bench/agent_overhead.py          # writes bench/results/agent_overhead.json
+    native, shadow     all statistics of every tensor, at every step and at every tenth, against the same Fp8Linear
+                       model that nobody watches, and the plain model
+    histograms         native, with the histograms of every tensor at every step: a 1/M of it is what every M-th costs
+    hooks with item()  amax, zeros, overflow and underflow of every tensor by torch operations and `.item()`
+    tensorboard        SummaryWriter.add_histogram of every parameter and gradient
+    wandb              wandb.watch(model, log="all", log_freq=1) offline, and wandb.log
+    torchao            Float8Linear, emulated, which keeps no statistics
+
+And `Monitor.step` alone, at the slots of a 70B model, and how short steps may be before rows are dropped.
+
+    python bench/agent_overhead.py               # writes bench/results/agent_overhead.json; about 10 minutes
+    python bench/agent_overhead.py --rounds 1 --batch 1 --only native
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
+import gc
 import json
+import logging
 import os
 import platform
 import re
@@ -19,112 +35,234 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8core
 import fp8scope_agent as fp8scope
+from fp8core.formats import E4M3FN, E5M2, Fp8Format
 
-PAIRS = 10
-STEPS_PER_BLOCK = 4
-PAUSE_S = 0.3
-LAYERS, WIDTH, HEADS, BATCH, CONTEXT = 4, 384, 6, 4, 128
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from train_gpt import Gpt, batches, standard_library_bytes
+
+LAYERS, WIDTH, HEADS, CONTEXT = 6, 384, 6, 256  # the demo's
+EVERY = 10  # steps of a turn where every tenth is recorded
 SLOTS_OF_70B = 1680  # 80 blocks, 7 linear layers each, 3 tensors each
-STEPS_OF_70B = 60
+CALLS_OF_70B = 200
+SHORT_STEPS = 2000
+
+NATIVE, PLAIN = "native, nobody watches", "plain, nobody watches"
+
+Watch = Callable[[int, Tensor], None]  # called after each step with its number and its loss
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+class Variant:
+    """One model in training, and how it is watched."""
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        B, T, C = x_BTC.shape
-        q, k, v = self.qkv(self.norm1(x_BTC)).view(B, T, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTC = x_BTC + self.out(y.transpose(1, 2).reshape(B, T, C))
-        out: Tensor = x_BTC + self.fc2(F.gelu(self.fc1(self.norm2(x_BTC))))
-        return out
+    def __init__(self, name: str, against: str, model: nn.Module, watch: Watch, batch: int, steps: int = 4) -> None:
+        self.name = name
+        self.against = against
+        self.steps = steps  # a turn
+        self.turns_s: list[float] = []
+        self._model = model
+        self._watch = watch
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self._data = batches(standard_library_bytes()[0], batch, CONTEXT, seed=0, device=torch.device("cpu"))
+        self._step = 0
 
+    def turn(self) -> None:
+        """Adds the seconds a step, of one turn."""
+        if self.steps != EVERY:  # there the step before is one of nine that cost nothing
+            self._train_step()
+        began = time.perf_counter()
+        for _ in range(self.steps):
+            self._train_step()
+        self.turns_s.append((time.perf_counter() - began) / self.steps)
 
-def gpt() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(256, WIDTH), *(Block() for _ in range(LAYERS)), nn.Linear(WIDTH, 256))
-    fp8core.convert_to_fp8(model, module_filter_fn=lambda _, name: "." in name)
-    return model
-
-
-def block_s(model: nn.Module, optimizer: torch.optim.Optimizer, monitor: fp8scope.Monitor | None) -> float:
-    """Seconds for STEPS_PER_BLOCK steps."""
-    tokens = torch.randint(256, (BATCH, CONTEXT + 1))
-    began = time.perf_counter()
-    for _ in range(STEPS_PER_BLOCK):
-        optimizer.zero_grad(set_to_none=True)
+    def _train_step(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            loss: Tensor = self._model(*next(self._data))
         torch.autograd.backward(loss)
-        optimizer.step()
-        if monitor is not None:
-            monitor.step(loss=loss)
-    return time.perf_counter() - began
+        self._optimizer.step()
+        self._watch(self._step, loss)
+        self._step += 1
 
 
-def step_ratio(collector: str, spool: Path) -> dict[str, float]:
-    models = [gpt(), gpt()]
-    optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
-    ratios, plain_ms = [], []
-    with fp8scope.attach(models[0], run="overhead", collector=collector, spool_dir=spool) as monitor:
-        for pair in range(PAIRS + 1):
-            seconds: dict[bool, float] = {}
-            for watched in (True, False) if pair % 2 else (False, True):
-                time.sleep(PAUSE_S)
-                index = 0 if watched else 1
-                seconds[watched] = block_s(models[index], optimizers[index], monitor if watched else None)
-            if pair:  # the first warms up
-                ratios.append(seconds[True] / seconds[False])
-                plain_ms.append(1e3 * seconds[False] / STEPS_PER_BLOCK)
-        snapshot = monitor.snapshot()
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {
-        "unmonitored_step_ms": round(statistics.median(plain_ms), 1),
-        "ratio_quartile_1": round(low, 4),
-        "ratio_median": round(median, 4),
-        "ratio_quartile_3": round(high, 4),
-        "agent_cpu_ms_per_step": round(1e3 * snapshot.agent_cpu_s / ((PAIRS + 1) * STEPS_PER_BLOCK), 3),
-        "rows_dropped": sum(snapshot.rows_dropped.values()),
-    }
+def variants(address: str, folder: Path, batch: int, exits: contextlib.ExitStack) -> Iterator[Variant]:
+    def attached(
+        name: str, against: str, model: nn.Module, *, every: int = 1, histograms: int = 0, shadow: bool = False
+    ) -> Variant:
+        monitor = fp8scope.attach(
+            model,
+            run=name,
+            collector=address,
+            spool_dir=folder / "spool",
+            every=every,
+            histogram_every=histograms,
+            burst=0,
+            shadow=fp8core.AmaxScaling() if shadow else None,
+        )
+        exits.enter_context(monitor)
+
+        def watch(step: int, loss: Tensor) -> None:
+            monitor.step(step, loss=loss)
+
+        return Variant(name, against, model, watch, batch, steps=4 if every == 1 else EVERY)
+
+    def nothing(step: int, loss: Tensor) -> None:
+        pass
+
+    yield Variant(NATIVE, "", native(), nothing, batch)
+    yield attached("native, every step", NATIVE, native())
+    yield attached("native, every=10", NATIVE, native(), every=EVERY)
+    yield attached("native, every step with histograms", NATIVE, native(), histograms=1)
+    yield Variant(PLAIN, "", plain(), nothing, batch)
+    yield attached("shadow, every step", PLAIN, plain(), shadow=True)
+    yield attached("shadow, every=10", PLAIN, plain(), every=EVERY, shadow=True)
+    model = plain()
+    yield Variant("hooks with .item()", PLAIN, model, Hooks(model), batch, steps=1)
+    for name, make in (("tensorboard histograms", tensorboard), ("wandb.watch(log='all')", wandb_watch)):
+        model = plain()
+        try:
+            watch = make(model, folder, exits)
+        except ImportError as error:
+            print(f"left out: {name}: {error}; pip install -r bench/requirements.txt", file=sys.stderr)
+        else:
+            yield Variant(name, PLAIN, model, watch, batch, steps=1)
+    yield Variant("torchao, no statistics", PLAIN, torchao(), nothing, batch, steps=1)
 
 
-def step_time(collector: str, spool: Path) -> dict[str, float]:
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return Gpt(LAYERS, WIDTH, HEADS, CONTEXT)
+
+
+def native() -> nn.Module:
+    return fp8core.convert_to_fp8(plain(), module_filter_fn=lambda _, name: name.startswith("blocks."))
+
+
+def torchao() -> nn.Module:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    return convert_to_float8_training(
+        plain(),
+        module_filter_fn=lambda _, name: name.startswith("blocks."),
+        config=Float8LinearConfig(emulate=True),
+    )
+
+
+class Hooks:
+    """What one writes oneself: statistics of the three tensors of each linear layer, in torch, with `.item()`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.step: dict[str, float] = {}
+        self._model = [(name, module) for name, module in model.named_modules() if name.startswith("blocks.")]
+        for name, module in self._model:
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self._on_input(name))
+                module.register_full_backward_hook(self._on_gradient(name))
+
+    def __call__(self, step: int, loss: Tensor) -> None:
+        for name, module in self._model:
+            if isinstance(module, nn.Linear):
+                self._note(f"{name}.weight", module.weight, E4M3FN)
+        self.step["loss"] = loss.item()
+        self.step.clear()
+
+    def _on_input(self, name: str) -> Callable[..., None]:
+        return lambda module, inputs: self._note(f"{name}.input", inputs[0], E4M3FN)
+
+    def _on_gradient(self, name: str) -> Callable[..., None]:
+        return lambda module, inputs, outputs: self._note(f"{name}.grad_output", outputs[0], E5M2)
+
+    @torch.no_grad()
+    def _note(self, name: str, x: Tensor, fmt: Fp8Format) -> None:
+        amax = x.abs().max()
+        scale = fmt.max / amax.float()
+        scaled = x.float() * scale
+        q = scaled.clamp(-fmt.max, fmt.max).to(getattr(torch, fmt.torch_dtype)).float()
+        self.step |= {
+            f"{name}.amax": amax.item(),
+            f"{name}.zeros": (x == 0).sum().item(),
+            f"{name}.overflow": (scaled.abs() > fmt.max).sum().item(),
+            f"{name}.underflow": ((q == 0) & (x != 0)).sum().item(),
+        }
+
+
+def tensorboard(model: nn.Module, folder: Path, exits: contextlib.ExitStack) -> Watch:
+    from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]  # torch does not re-export it
+
+    writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]  # torch's
+    exits.callback(writer.close)
+
+    def watch(step: int, loss: Tensor) -> None:
+        writer.add_scalar("loss", loss.item(), step)  # type: ignore[no-untyped-call]  # torch's
+        for name, parameter in model.named_parameters():
+            writer.add_histogram(name, parameter, step)  # type: ignore[no-untyped-call]  # torch's
+            if parameter.grad is not None:
+                writer.add_histogram(f"{name}.grad", parameter.grad, step)  # type: ignore[no-untyped-call]  # torch's
+
+    return watch
+
+
+def wandb_watch(model: nn.Module, folder: Path, exits: contextlib.ExitStack) -> Watch:
+    os.environ["WANDB_SILENT"] = "true"
+    import wandb  # type: ignore[import-not-found,unused-ignore]  # a peer, of bench/requirements.txt
+
+    run = wandb.init(mode="offline", dir=str(folder))
+    exits.callback(run.finish)
+    run.watch(model, log="all", log_freq=1)
+    return lambda step, loss: run.log({"loss": loss.item()})
+
+
+def calls_of_70b(address: str, spool: Path) -> dict[str, float]:
+    """`Monitor.step` with the slots of a 70B model, whose layers are tiny here: the agent does not see that."""
     model = fp8core.convert_to_fp8(nn.Sequential(*(nn.Linear(16, 16) for _ in range(SLOTS_OF_70B // 3))))
     x, times_ms = torch.randn(16, 16), []
-    with fp8scope.attach(model, run="large", collector=collector, spool_dir=spool) as monitor:
-        for _ in range(STEPS_OF_70B):
+    with fp8scope.attach(model, run="70b", collector=address, spool_dir=spool) as monitor:
+        for _ in range(CALLS_OF_70B):
             loss = model(x).square().mean()
             torch.autograd.backward(loss)
             began = time.perf_counter()
             monitor.step(loss=loss)
             times_ms.append(1e3 * (time.perf_counter() - began))
         deadline = time.monotonic() + 30
-        while monitor.snapshot().step != STEPS_OF_70B - 1 and time.monotonic() < deadline:
+        while monitor.snapshot().step != CALLS_OF_70B - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         snapshot = monitor.snapshot()
-    times_ms.sort()
+    cuts = statistics.quantiles(times_ms, n=100)
     return {
         "slots": SLOTS_OF_70B,
-        "step_call_median_ms": round(statistics.median(times_ms), 4),
-        "step_call_largest_ms": round(times_ms[-1], 4),
-        "agent_cpu_ms_per_step": round(1e3 * snapshot.agent_cpu_s / STEPS_OF_70B, 3),
+        "step_call_median_ms": round(cuts[49], 3),
+        "step_call_p99_ms": round(cuts[98], 3),  # every 100th takes histograms
+        "step_call_largest_ms": round(max(times_ms), 3),
+        "agent_cpu_ms_per_step": round(1e3 * snapshot.agent_cpu_s / CALLS_OF_70B, 3),
         "rows_dropped": sum(snapshot.rows_dropped.values()),
     }
+
+
+def short_steps(address: str, spool: Path, slots: int) -> dict[str, float]:
+    """A loop of nothing but `Monitor.step`: how many steps a second the drain thread can record."""
+    model = fp8core.convert_to_fp8(nn.Sequential(*(nn.Linear(16, 16) for _ in range(slots // 3))))
+    logging.getLogger("fp8scope").setLevel(logging.ERROR)
+    with fp8scope.attach(
+        model, run=f"short-{slots}", collector=address, spool_dir=spool, histogram_every=0, burst=0
+    ) as monitor:
+        (arena,) = monitor._tap.arenas  # as the casts of a step would leave it
+        written = torch.ones_like(arena.words)
+        began = time.perf_counter()
+        for _ in range(SHORT_STEPS):
+            arena.words.copy_(written)
+            monitor.step()
+        seconds = time.perf_counter() - began
+    dropped = monitor.snapshot().rows_dropped.get("ring_full", 0) / slots
+    logging.getLogger("fp8scope").setLevel(logging.WARNING)
+    return {"slots": slots, "recorded_steps_per_s": round((SHORT_STEPS - dropped) / seconds)}
 
 
 @contextmanager
@@ -146,19 +284,67 @@ def collector(folder: Path) -> Iterator[str]:
         process.wait(20)
 
 
+def table(contestants: list[Variant]) -> list[dict[str, object]]:
+    by_name = {variant.name: variant for variant in contestants}
+    lines: list[dict[str, object]] = []
+    for variant in contestants:
+        line: dict[str, object] = {
+            "variant": variant.name,
+            "step_ms": round(1e3 * statistics.median(variant.turns_s), 1),
+        }
+        if variant.against:
+            base = by_name[variant.against].turns_s
+            ratios = [mine / its for mine, its in zip(variant.turns_s, base, strict=True)]
+            low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            line |= {
+                "against": variant.against,
+                "ratio": round(median, 4),
+                "quartiles": [round(low, 4), round(high, 4)],
+            }
+        lines.append(line)
+    return lines
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="What watching costs.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: the demo's %(default)s)")
+    parser.add_argument("--only", default="", help="variants whose names have this in them, and what they are against")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name, collector(Path(name)) as address:
+    gc.freeze()
+    with tempfile.TemporaryDirectory() as name, collector(Path(name)) as address, contextlib.ExitStack() as exits:
+        folder = Path(name)
+        all_of_them = list(variants(address, folder, arguments.batch, exits))
+        wanted = {variant.against for variant in all_of_them if arguments.only in variant.name}
+        contestants = [one for one in all_of_them if arguments.only in one.name or one.name in wanted]
+        for round_number in range(arguments.rounds + 1):
+            for variant in contestants if round_number % 2 else reversed(contestants):
+                variant.turn()
+        for variant in contestants:
+            del variant.turns_s[0]  # the first round warms up
         result = {
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, one training thread",
             "month": datetime.datetime.now(datetime.UTC).strftime("%Y-%m"),
-            "gpt": step_ratio(address, Path(name) / "spool"),
-            "70b": step_time(address, Path(name) / "spool"),
+            "load": os.getloadavg()[0],
+            "gpt": {
+                "layers": LAYERS,
+                "width": WIDTH,
+                "context": CONTEXT,
+                "batch": arguments.batch,
+                "slots": 12 * LAYERS,
+            },
+            "rounds": arguments.rounds,
+            "table": table(contestants),
         }
+        exits.close()
+        if not arguments.only:
+            result["70b"] = calls_of_70b(address, folder / "spool")
+            result["short_steps"] = [short_steps(address, folder / "spool", slots) for slots in (72, SLOTS_OF_70B)]
     out = Path(__file__).parent / "results" / "agent_overhead.json"
-    out.parent.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2)
-    out.write_text(text + "\n")
+    if not arguments.only and arguments.rounds > 1:
+        out.write_text(text + "\n")
     print(text)
 
 
