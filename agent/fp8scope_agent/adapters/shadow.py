@@ -91,8 +91,21 @@ class ShadowLinear(TappedLinear):
             wires[Role.INPUT].observe(local(x))
             wires[Role.WEIGHT].observe(local(weight))
             if y.requires_grad:
-                y = _Tap.apply(y, wires[Role.GRAD_OUTPUT])  # type: ignore[no-untyped-call]  # torch's own signature
+                y = _tap_gradient(y, wires[Role.GRAD_OUTPUT])
         return y
+
+
+def _tap_gradient(y: Tensor, wire: Wire) -> Tensor:
+    """`y`, whose gradient is observed on its way back.
+
+    Eagerly by a hook: y is a view of what the GEMM wrote, and a function that hands it on as changed in place makes the
+    backward copy the gradient. A compiler keeps no view, and traces the function.
+    """
+    if torch.compiler.is_compiling():
+        tapped: Tensor = _Tap.apply(y, wire)  # type: ignore[no-untyped-call]  # torch's own signature
+        return tapped
+    y.register_hook(lambda dy: wire.observe(local(dy)))
+    return y
 
 
 class _Tap(torch.autograd.Function):
