@@ -76,8 +76,7 @@ class Variant:
 
     def turn(self) -> None:
         """Adds the seconds a step, of one turn."""
-        if self.steps != EVERY:  # there the step before is one of nine that cost nothing
-            self._train_step()
+        self._train_step()
         began = time.perf_counter()
         for _ in range(self.steps):
             self._train_step()

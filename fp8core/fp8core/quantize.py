@@ -118,7 +118,11 @@ def observing_arena(x: Tensor, role: Role, arena_handle: int) -> StatsArena | No
 
 def observe_cast(x: Tensor, scale: Tensor, role: Role, fmt: Fp8Format, arena: StatsArena, slot: Tensor) -> Tensor:
     """Leaves the statistics of `x` cast with `scale`, float32 0-d, in `arena`; the amax of `x`."""
-    return _cast(x.detach().contiguous(), scale, role, fmt, arena, slot)[1]
+    x = x.detach().contiguous()
+    kernels, overwrite = kernels_for(x.device.type), role is Role.WEIGHT
+    if arena.record_histograms:
+        arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
+    return kernels.count(x, scale, fmt, words=arena.words, slot=slot, overwrite=overwrite)
 
 
 def _castable(x: Tensor) -> bool:

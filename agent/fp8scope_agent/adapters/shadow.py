@@ -21,6 +21,7 @@ from fp8core.formats import HYBRID, FormatPair
 from fp8core.quantize import INPUT_DTYPES
 from fp8core.recipes import Recipe
 from fp8core.records import Role
+from fp8core.stats import recording_arena
 
 from .swap import TappedLinear, Wire, local, tap, untap
 from .tap import Cast, stored
@@ -86,13 +87,18 @@ class ShadowLinear(TappedLinear):
         """x @ w.T + b."""
         weight = self.weight  # once: a parametrized weight is computed at each access
         y = functional.linear(x, weight, self.bias)
-        if self.training:
-            wires = self._fp8scope_wires
+        wires = self._fp8scope_wires
+        if self.training and _is_observed(wires[Role.GRAD_OUTPUT]):
             wires[Role.INPUT].observe(local(x))
             wires[Role.WEIGHT].observe(local(weight))
             if y.requires_grad:
                 y = _tap_gradient(y, wires[Role.GRAD_OUTPUT])
         return y
+
+
+def _is_observed(wire: Wire) -> bool:
+    """Whether there is anything to observe in this step; code that is compiled now runs in other steps, too."""
+    return torch.compiler.is_compiling() or wire.state is not None or recording_arena(wire.arena) is not None
 
 
 def _tap_gradient(y: Tensor, wire: Wire) -> Tensor:

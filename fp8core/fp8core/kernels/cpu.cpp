@@ -388,7 +388,8 @@ template <class In, bool STATS>
 Tally cast_all(const void* x, int64_t n, float scale, const Target& target, uint8_t* q, int threads) {
     const auto* words = static_cast<const typename In::Word*>(x);
     return over_blocks(n, threads, [&](int64_t first, int count) {
-        return cast_block<In, STATS>(words + first, q + first, count, scale, target);
+        uint8_t unwanted[BLOCK];
+        return cast_block<In, STATS>(words + first, q ? q + first : unwanted, count, scale, target);
     });
 }
 

@@ -84,10 +84,23 @@ def cast(
         IndexError: `slot` is outside `words`.
     """
     x = _checked(x)
+    payload = torch.empty(x.shape, dtype=getattr(torch, fmt.torch_dtype))
+    row = None if words is None else _row_address(words, slot)
+    return payload, _cast(x, scale, fmt, payload.data_ptr(), row, overwrite)
+
+
+def count(
+    x: torch.Tensor, scale: torch.Tensor, fmt: Fp8Format, *, words: torch.Tensor, slot: torch.Tensor, overwrite: bool
+) -> torch.Tensor:
+    """The amax of `x`, and the statistics that `cast` leaves; the payload is not kept, which saves its memory."""
+    return _cast(_checked(x), scale, fmt, None, _row_address(words, slot), overwrite)
+
+
+def _cast(
+    x: torch.Tensor, scale: torch.Tensor, fmt: Fp8Format, payload: int | None, row: int | None, overwrite: bool
+) -> torch.Tensor:
     if scale.dtype != torch.float32 or scale.numel() != 1:
         raise TypeError(f"scale is {scale.dtype} {list(scale.shape)}; expected a float32 0-d tensor")
-    row = None if words is None else _row_address(words, slot)
-    payload = torch.empty(x.shape, dtype=getattr(torch, fmt.torch_dtype))
     result = torch.empty((), dtype=torch.float32)
     _library().fp8_cast(
         x.data_ptr(),
@@ -95,13 +108,13 @@ def cast(
         INPUT_TYPES.index(x.dtype),
         scale.data_ptr(),
         _target(fmt),
-        payload.data_ptr(),
+        payload,
         result.data_ptr(),
         row,
         overwrite,
         _threads(x.numel()),
     )
-    return payload, result
+    return result
 
 
 def dequantize(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -42,6 +42,12 @@ class Kernels(Protocol):
         """See `eager.cast`."""
         ...
 
+    def count(
+        self, x: Tensor, scale: Tensor, fmt: Fp8Format, *, words: Tensor, slot: Tensor, overwrite: bool
+    ) -> Tensor:
+        """See `eager.count`."""
+        ...
+
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """See `eager.dequantize`."""
         ...

@@ -81,6 +81,11 @@ def cast(
     return payload, result
 
 
+def count(x: Tensor, scale: Tensor, fmt: Fp8Format, *, words: Tensor, slot: Tensor, overwrite: bool) -> Tensor:
+    """See `eager.count`."""
+    return cast(x, scale, fmt, words=words, slot=slot, overwrite=overwrite)[1]
+
+
 def cast_transpose(
     x: Tensor,
     scale: Tensor,
