@@ -55,6 +55,7 @@ SLOTS_OF_70B = 1680  # 80 blocks, 7 linear layers each, 3 tensors each
 CALLS_OF_70B = 200
 SHORT_STEPS = 2000
 
+ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-bench"  # where the peers are: `make bench` makes it
 NATIVE, PLAIN = "native, nobody watches", "plain, nobody watches"
 
 Watch = Callable[[int, Tensor], None]  # called after each step with its number and its loss
@@ -130,7 +131,7 @@ def variants(address: str, folder: Path, batch: int, exits: contextlib.ExitStack
         try:
             watch = make(model, folder, exits)
         except ImportError as error:
-            print(f"left out: {name}: {error}; pip install -r bench/requirements.txt", file=sys.stderr)
+            print(f"left out: {name}: {error}; `make bench` installs it", file=sys.stderr)
         else:
             yield Variant(name, PLAIN, model, watch, batch, steps=1)
     yield Variant("torchao, no statistics", PLAIN, torchao(), nothing, batch, steps=1)
@@ -310,6 +311,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: the demo's %(default)s)")
     parser.add_argument("--only", default="", help="variants whose names have this in them, and what they are against")
     arguments = parser.parse_args()
+    python = ENVIRONMENT / "bin" / "python"
+    if python.exists() and Path(sys.prefix) != ENVIRONMENT:
+        os.execv(python, [str(python), *sys.argv])
     torch.set_num_threads(1)
     gc.freeze()
     with tempfile.TemporaryDirectory() as name, collector(Path(name)) as address, contextlib.ExitStack() as exits:

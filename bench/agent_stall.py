@@ -40,10 +40,10 @@ TROUBLES = ("none", "absent", "hung", "slow", "flapping", "full disk")
 WARM_UP = 500  # steps until memory counts: rings, buffers and lists have their sizes by then
 SLOTS = 72  # the demo's
 PAUSE_S = 0.008  # a short training step
-FULL_BYTES = 1 << 20  # of a file, where the disk is full
+FULL_BYTES = 1 << 20  # of a file; at about 3 kB a step
 
 
-def train(address: str, spool: str, steps: int, disk_full: bool) -> dict[str, float]:
+def train(address: str, spool: str, steps: int, full_bytes: int) -> dict[str, float]:
     """A training loop in this process; the report of its steps."""
     import torch
     from torch import nn
@@ -53,9 +53,9 @@ def train(address: str, spool: str, steps: int, disk_full: bool) -> dict[str, fl
 
     torch.set_num_threads(1)
     logging.getLogger("fp8scope").setLevel(logging.ERROR)
-    if disk_full:
+    if full_bytes:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (full_bytes, resource.RLIM_INFINITY))
     model = fp8core.convert_to_fp8(nn.Sequential(*(nn.Linear(16, 16) for _ in range(SLOTS // 3))))
     x_BK = torch.randn(16, 16)
     times_ms, resident_kb = [], []
@@ -82,6 +82,7 @@ def train(address: str, spool: str, steps: int, disk_full: bool) -> dict[str, fl
         "memory_kb_per_1000_steps": round(1000 * statistics.linear_regression(range(len(settled)), settled).slope, 1),
         "rows_recorded": snapshot.rows_recorded,
         "rows_dropped": sum(snapshot.rows_dropped.values()),
+        "histograms_dropped": sum(n for reason, n in snapshot.rows_dropped.items() if reason.endswith("_histograms")),
     }
 
 
@@ -164,16 +165,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whether anything stalls a training step.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--only", choices=TROUBLES)
+    parser.add_argument("--full-bytes", type=int, default=FULL_BYTES, help="where the full disk ends")
     parser.add_argument("--train", nargs=3, metavar=("ADDRESS", "SPOOL", "TROUBLE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
         address, spool, trouble = arguments.train
-        print(json.dumps(train(address, spool, arguments.steps, trouble == "full disk")))
+        full_bytes = arguments.full_bytes if trouble == "full disk" else 0
+        print(json.dumps(train(address, spool, arguments.steps, full_bytes)))
         return
     report: dict[str, dict[str, float]] = {}
     for trouble in (arguments.only,) if arguments.only else TROUBLES:
         with tempfile.TemporaryDirectory() as spool, collector(trouble) as address:
             command = [sys.executable, __file__, "--steps", str(arguments.steps), "--train", address, spool, trouble]
+            command += ["--full-bytes", str(arguments.full_bytes)]
             environment = {**os.environ, "FP8SCOPE_LINGER_S": "0"}
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, timeout=600).stdout
             report[trouble] = json.loads(out)

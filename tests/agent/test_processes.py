@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -370,3 +371,17 @@ def test_dataloader_workers_come_and_go_while_rows_are_streamed(
     assert collector.source.duplicate_rows == 0
     assert collector.source.finish is not None
     assert collector.source.finish.outcome == pb.OUTCOME_FINISHED
+
+
+@pytest.mark.parametrize("trouble", ["flapping", "full disk"])
+def test_in_trouble_every_row_is_recorded_or_counted(trouble: str) -> None:
+    """The short form of `bench/agent_stall.py`, which measures how long its steps take."""
+    script = Path(__file__).parents[2] / "bench" / "agent_stall.py"
+    command = [sys.executable, str(script), "--only", trouble, "--steps", "60", "--full-bytes", "50000"]
+
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+    report = json.loads(said[said.index("{") :])
+    dropped_end = 1 if trouble == "full disk" else 0  # the end of the run, which counts as a row
+    assert report["rows_recorded"] + report["rows_dropped"] == 60 * 72 + report["histograms_dropped"] + dropped_end
+    assert (report["rows_dropped"] > 0) == (trouble == "full disk")
