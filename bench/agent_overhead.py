@@ -1,9 +1,10 @@
 """What watching costs: the demo's GPT with and without the agent, beside what one would use instead of it.
 
-Each variant has a model of its own with the same weights. In each round every variant takes a turn of some steps, after
-one that is not timed (in which the work falls that the variant before left to its threads), while a sender and a real
-collector run on the same machine. A ratio is of turns of one round, so that a machine that gets slower does not show as
-a cost.
+Each variant has a model of its own with the same weights. In each round every variant takes a turn of some steps, right
+beside a turn of what it is compared with, each after a step that is not timed (in which the work falls that the turn
+before left to its threads), while a sender and a real collector run on the same machine. A ratio is of such two turns,
+so that a machine that gets slower does not show as a cost. "cpu" is the same ratio in processor time of the training
+thread: what other processes do moves it less, but waiting for the interpreter's lock is not in it.
 
     native, shadow     all statistics of every tensor, at every step and at every tenth, against the same Fp8Linear
                        model that nobody watches, and the plain model
@@ -68,20 +69,28 @@ class Variant:
         self.name = name
         self.against = against
         self.steps = steps  # a turn
-        self.turns_s: list[float] = []
+        self.ratios: list[tuple[float, float]] = []  # to what it is compared with: wall time, processor time
+        self.seconds: list[float] = []  # a step, wall time
         self._model = model
         self._watch = watch
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         self._data = batches(standard_library_bytes()[0], batch, CONTEXT, seed=0, device=torch.device("cpu"))
         self._step = 0
 
-    def turn(self) -> None:
-        """Adds the seconds a step, of one turn."""
+    def turn(self) -> tuple[float, float]:
+        """Seconds a step of one turn: wall time, and processor time of this thread."""
         self._train_step()
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.thread_time()
         for _ in range(self.steps):
             self._train_step()
-        self.turns_s.append((time.perf_counter() - began) / self.steps)
+        seconds = (time.perf_counter() - began) / self.steps, (time.thread_time() - began_cpu) / self.steps
+        self.seconds.append(seconds[0])
+        return seconds
+
+    def compare(self, base: Variant, *, first: bool) -> None:
+        """Takes a turn beside one of `base`'s, before it if `first`."""
+        mine, its = (self.turn(), base.turn()) if first else reversed((base.turn(), self.turn()))
+        self.ratios.append((mine[0] / its[0], mine[1] / its[1]))
 
     def _train_step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -143,17 +152,18 @@ def plain() -> nn.Module:
 
 
 def native() -> nn.Module:
-    return fp8core.convert_to_fp8(plain(), module_filter_fn=lambda _, name: name.startswith("blocks."))
+    model = plain()
+    fp8core.convert_to_fp8(model, module_filter_fn=lambda _, name: name.startswith("blocks."))
+    return model
 
 
 def torchao() -> nn.Module:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    return convert_to_float8_training(
-        plain(),
-        module_filter_fn=lambda _, name: name.startswith("blocks."),
-        config=Float8LinearConfig(emulate=True),
-    )
+    model = plain()
+    config = Float8LinearConfig(emulate=True)
+    convert_to_float8_training(model, module_filter_fn=lambda _, name: name.startswith("blocks."), config=config)
+    return model
 
 
 class Hooks:
@@ -195,17 +205,17 @@ class Hooks:
 
 
 def tensorboard(model: nn.Module, folder: Path, exits: contextlib.ExitStack) -> Watch:
-    from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]  # torch does not re-export it
+    from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]  # torch's
+    writer = SummaryWriter(str(folder / "tensorboard"))
     exits.callback(writer.close)
 
     def watch(step: int, loss: Tensor) -> None:
-        writer.add_scalar("loss", loss.item(), step)  # type: ignore[no-untyped-call]  # torch's
+        writer.add_scalar("loss", loss.item(), step)
         for name, parameter in model.named_parameters():
-            writer.add_histogram(name, parameter, step)  # type: ignore[no-untyped-call]  # torch's
+            writer.add_histogram(name, parameter, step)
             if parameter.grad is not None:
-                writer.add_histogram(f"{name}.grad", parameter.grad, step)  # type: ignore[no-untyped-call]  # torch's
+                writer.add_histogram(f"{name}.grad", parameter.grad, step)
 
     return watch
 
@@ -285,22 +295,17 @@ def collector(folder: Path) -> Iterator[str]:
 
 
 def table(contestants: list[Variant]) -> list[dict[str, object]]:
-    by_name = {variant.name: variant for variant in contestants}
     lines: list[dict[str, object]] = []
     for variant in contestants:
         line: dict[str, object] = {
             "variant": variant.name,
-            "step_ms": round(1e3 * statistics.median(variant.turns_s), 1),
+            "step_ms": round(1e3 * statistics.median(variant.seconds), 1),
         }
         if variant.against:
-            base = by_name[variant.against].turns_s
-            ratios = [mine / its for mine, its in zip(variant.turns_s, base, strict=True)]
-            low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            line |= {
-                "against": variant.against,
-                "ratio": round(median, 4),
-                "quartiles": [round(low, 4), round(high, 4)],
-            }
+            line["against"] = variant.against
+            for name, ratios in zip(("ratio", "cpu"), zip(*variant.ratios, strict=True), strict=True):
+                low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+                line[name] = [round(median, 4), round(low, 4), round(high, 4)]  # median and quartiles
         lines.append(line)
     return lines
 
@@ -321,11 +326,14 @@ def main() -> None:
         all_of_them = list(variants(address, folder, arguments.batch, exits))
         wanted = {variant.against for variant in all_of_them if arguments.only in variant.name}
         contestants = [one for one in all_of_them if arguments.only in one.name or one.name in wanted]
-        for round_number in range(arguments.rounds + 1):
-            for variant in contestants if round_number % 2 else reversed(contestants):
-                variant.turn()
+        by_name = {variant.name: variant for variant in contestants}
         for variant in contestants:
-            del variant.turns_s[0]  # the first round warms up
+            variant.turn()  # warms up
+            variant.seconds.clear()
+        for round_number in range(arguments.rounds):
+            for variant in contestants:
+                if variant.against:
+                    variant.compare(by_name[variant.against], first=round_number % 2 == 1)
         result = {
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, one training thread",
             "month": datetime.datetime.now(datetime.UTC).strftime("%Y-%m"),

@@ -136,7 +136,7 @@ class Acknowledger:
 
     def _start(self) -> None:
         self._server = self._grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
-        self._servicers.add_TelemetryServicer_to_server(self, self._server)
+        self._servicers.add_TelemetryServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         self._server.start()
 
