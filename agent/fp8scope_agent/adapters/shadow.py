@@ -110,7 +110,7 @@ def _tap_gradient(y: Tensor, wire: Wire) -> Tensor:
     if torch.compiler.is_compiling():
         tapped: Tensor = _Tap.apply(y, wire)  # type: ignore[no-untyped-call]  # torch's own signature
         return tapped
-    y.register_hook(lambda dy: wire.observe(local(dy)))
+    y.register_hook(lambda dy: wire.observe(local(dy)))  # type: ignore[no-untyped-call]  # torch's own signature
     return y
 
 
