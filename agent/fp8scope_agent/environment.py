@@ -6,9 +6,22 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from importlib import metadata
 
 import torch
+
+# Named where the job has imported them: module and distribution.
+_LIBRARIES = {
+    "torchao": "torchao",
+    "transformer_engine": "transformer-engine",
+    "transformers": "transformers",
+    "lightning": "lightning",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "deepspeed": "deepspeed",
+    "triton": "triton",
+}
 
 
 def describe(devices: list[torch.device]) -> dict[str, str]:
@@ -23,6 +36,7 @@ def describe(devices: list[torch.device]) -> dict[str, str]:
         "fp8core": _version("fp8core"),
         "device": ", ".join(dict.fromkeys(_device_name(device) for device in devices)),
         "git_commit": _git_commit(),
+        **{name: _version(distribution) for name, distribution in _LIBRARIES.items() if name in sys.modules},
     }
     return {name: text for name, text in facts.items() if text}
 

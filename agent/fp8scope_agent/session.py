@@ -109,7 +109,11 @@ def attach(
     for reason, names in tap.left_alone.items():
         notices.warn(reason, f"{len(names)} layers are not recorded, {names[0]!r} is the first: {reason}")
     recorder = Recorder(
-        resolved.spool_dir, _open_message(resolved, tap), max_bytes=resolved.spool_bytes, drops=drops, notices=notices
+        resolved.spool_dir,
+        _open_message(resolved, tap, model),
+        max_bytes=resolved.spool_bytes,
+        drops=drops,
+        notices=notices,
     )
     ring = Ring(tap.arenas)
     sampler = Sampler(resolved.sampling, [slot.layer for slot in tap.slots])
@@ -168,7 +172,7 @@ def _torchao_finder() -> Finder:
     return torchao.find
 
 
-def _open_message(settings: configuration.Settings, tap: Tap) -> pb.Open:
+def _open_message(settings: configuration.Settings, tap: Tap, model: nn.Module) -> pb.Open:
     return pb.Open(
         run=settings.run,
         project=settings.project,
@@ -179,7 +183,7 @@ def _open_message(settings: configuration.Settings, tap: Tap) -> pb.Open:
         agent_version=__version__,
         slots=[slot.to_message() for slot in tap.slots],
         config_json=settings.config_json,
-        environment=describe([arena.device for arena in tap.arenas]),
+        environment=describe(list(dict.fromkeys(parameter.device for parameter in model.parameters()))),
         tags=settings.tags,
         notes=settings.notes,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from fp8core import CurrentScaling
 from fp8core.records import COLUMNS
 from fp8scope_agent.adapters import native, torchao
 from fp8scope_agent.adapters.tap import Tap, bind
+from fp8scope_agent.ring import DEPTH
 
+STEPS = DEPTH  # as many as the ring holds: none is dropped on a busy machine
 INTEGERS_AND_SCALES = COLUMNS.index("sum_sq")
 
 
@@ -90,7 +93,7 @@ def test_torchaos_own_scales_are_the_ones_that_are_reported(
     used = []
 
     with fp8scope.attach(model, run="run", collector=collector.address) as monitor:
-        for number in range(20):
+        for number in range(STEPS):
             used_scales.clear()
             step(model, seed=number)
             optimizer.step()
@@ -108,7 +111,7 @@ def test_torchaos_own_scales_are_the_ones_that_are_reported(
 
     reported = [
         [[collector.source.rows[number, 3 * layer + role]["scale_max"] for role in range(3)] for layer in range(4)]
-        for number in range(20)
+        for number in range(STEPS)
     ]
     assert reported == used
     slots = collector.source.open.slots
@@ -117,6 +120,7 @@ def test_torchaos_own_scales_are_the_ones_that_are_reported(
     assert [slot.format for slot in slots[:3]] == ["E4M3FN", "E4M3FN", "E5M2"]
     assert all(row["overflow"] == 0 and row["sum_sq"] > 0 for row in collector.source.rows.values())
     assert type(model[0].fc1) is torchao_linear.Float8Linear
+    assert collector.source.open.environment["torchao"] == metadata.version("torchao")
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-20, float("inf"), float("nan")])
