@@ -23,7 +23,9 @@ from fp8scope_collector.diagnosis.settings import Settings
 from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.storage.engine import StorageError
 
-NICE = 10
+NICE = 19  # ingest goes first
+REST = 8  # times what a look took, before the next: diagnosis has at most a ninth of a core
+LONGEST_REST_S = 30.0
 log = structlog.get_logger()
 
 
@@ -48,7 +50,8 @@ def work(settings: Settings, stop: threading.Event) -> None:
             except sa.exc.DBAPIError as error:
                 log.warning("diagnosis waits for the database", error=" ".join(str(error.orig).split()))
             used_s = time.monotonic() - started
-            stop.wait(min(used_s, 1.0) if more else max(settings.every_s - used_s, used_s / 4))
+            rest_s = min(REST * used_s, LONGEST_REST_S)
+            stop.wait(rest_s if more else max(settings.every_s - used_s, rest_s))
     finally:
         lease.release()
         if notifier:
