@@ -151,7 +151,9 @@ def drawn(page: Page) -> None:
 
 def cell(page: Page, facet: int, x: float, y: float) -> tuple[float, float]:
     """The place of a heat map's cell on the screen; facets are the lowest panels of the chart."""
-    box = page.locator(".fs-plot").first.locator(".nsewdrag").nth(facet).bounding_box()
+    place = page.locator(".fs-plot").first.locator(".nsewdrag").nth(facet)
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
     assert box is not None
     return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
@@ -195,7 +197,9 @@ def test_runs_that_are_ticked_are_compared_and_a_cell_shows_its_tensor_in_all(pa
     assert parameters(page) == {"view": "compare", "runs": "gpt,other"}
     expect(page.locator("tr.fs-here")).to_contain_text("nowhere")
 
-    box = page.locator(".fs-plot").nth(1).locator(".nsewdrag").nth(1).bounding_box()
+    place = page.locator(".fs-plot").nth(1).locator(".nsewdrag").nth(1)
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
     assert box is not None
     page.mouse.click(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.9)  # where both have rows
     page.wait_for_url("**layer=*")

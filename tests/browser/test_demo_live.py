@@ -47,6 +47,7 @@ def test_the_demo_is_seen_live_and_leads_to_a_tensor(
     page.wait_for_function(f"() => Number(document.querySelector('[data-columns]').dataset.columns) > {seen + 5}")
     expect(page.get_by_text("running").first).to_be_visible()
     heat_map = page.locator("[data-columns] .nsewdrag").last
+    heat_map.scroll_into_view_if_needed()
     box = heat_map.bounding_box()
     assert box is not None
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

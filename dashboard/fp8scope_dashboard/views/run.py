@@ -121,8 +121,6 @@ def _body(where: links.Where, drawn_to: int) -> None:
     run = queries.run(where.run)
     if run is None or run.last_step is None or run.first_step is None:
         return
-    if where.last_step is None and run.last_step > drawn_to * REDRAW:
-        st.rerun()
     try:
         slots = [s for s in names.matching(queries.slots_of(run), where.filter) if where.role in (None, s.role)]
     except ValueError as error:
@@ -154,6 +152,8 @@ def _body(where: links.Where, drawn_to: int) -> None:
             shell.go(replace(where, layer=slot.layer, role=slot.role, step=event.step))
     elif isinstance(event, panel.Zoom):
         shell.go(shell.zoomed(where, event, run.last_step))
+    if where.last_step is None and run.last_step > drawn_to * REDRAW:  # last: it would lose what was clicked
+        st.rerun()
 
 
 def _maps(where: links.Where, run: RunSummary, first: int) -> dict[Quantity, HeatMap]:
