@@ -5,6 +5,7 @@ Everything is checked in one browser and on one server, since starting them cost
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -206,6 +208,28 @@ def test_runs_that_are_ticked_are_compared_and_a_cell_shows_its_tensor_in_all(pa
     expect(page.locator(".fs-title", has_text=f"weight of {parameters(page)['layer']}")).to_be_visible()
     page.go_back()
     page.wait_for_url(lambda url: "layer" not in url)
+
+
+def test_what_a_chart_shows_is_downloaded_as_numbers_and_as_a_picture(page: Page, server: str, tmp_path: Path) -> None:
+    page.goto(f"{server}/?run=gpt&quantity=amax&role=weight&range=10-19")
+    drawn(page)
+
+    with page.expect_download() as numbers:
+        page.get_by_role("link", name="CSV").click()
+    with page.expect_download() as table:
+        page.get_by_role("link", name="Parquet").click()
+    with page.expect_download() as picture:
+        page.get_by_role("button", name="PNG").click()
+
+    for download in (numbers, table, picture):
+        download.value.save_as(tmp_path / download.value.suggested_filename)
+    rows = list(csv.DictReader((tmp_path / "gpt-amax.csv").read_text().splitlines()))
+    assert {row["role"] for row in rows} == {"weight"}
+    assert {int(row["step"]) for row in rows} == set(range(10, 20))
+    assert pq.read_table(tmp_path / "gpt-amax.parquet").num_rows == len(rows)
+    png = (tmp_path / "fp8scope.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert int.from_bytes(png[16:20], "big") > 1500  # twice the pixels of the chart
 
 
 @pytest.mark.parametrize(

@@ -351,8 +351,34 @@ async function draw(state) {
     state.observer.observe(state.root);
   }
   state.note.replaceChildren(...(data.note || []).map((text) => element("span", "", text)));
+  if (data.files) state.note.append(fileLinks(state, data.files));
   state.root.dataset.version = state.version;
   state.root.dataset.columns = Math.max(0, ...traces.filter((t) => t.type === "heatmap").map((t) => t.x.length));
+}
+
+// What the chart shows as a file: its numbers from the server, where `query` says which, and its picture from here.
+function fileLinks(state, query) {
+  const files = element("span", "fs-files");
+  if (Object.keys(query).length) {
+    for (const [ending, name] of [["csv", "CSV"], ["parquet", "Parquet"]]) {
+      const link = element("a", "", name);
+      Object.assign(link, { href: `./download.${ending}?${new URLSearchParams(query)}`, download: "" });
+      files.append(link);
+    }
+  }
+  const picture = element("button", "", "PNG");
+  Object.assign(picture, { type: "button", onclick: () => savePicture(state) });
+  files.append(picture);
+  return files;
+}
+
+async function savePicture(state) {
+  const { layout, offsetWidth: width, offsetHeight: height } = state.plot;
+  const figure = { data: state.plot.data, layout: { ...layout, paper_bgcolor: state.palette.ground } };
+  const link = element("a", "");
+  link.href = await window.Plotly.toImage(figure, { format: "png", scale: 2, width, height });
+  link.download = "fp8scope.png";
+  link.click();
 }
 
 function listen(state) {

@@ -205,7 +205,7 @@ def _difference(
     )
     panel.title("difference title", f"{other.ref} less {one.ref}", "click: the tensor below, in all runs")
     figure, height = compare.difference_map(pair, live.read()[where.quantity], first, last)
-    event = panel.chart("difference", figure, height=height, view=explicit, clickable=True)
+    event = panel.chart("difference", figure, height=height, view=explicit, clickable=True, files={})
     if isinstance(event, panel.Click):
         if slot := next((slot for slot in pair.slots if slot.slot == event.slot), None):
             shell.go(replace(where, layer=slot.layer, role=slot.role, step=event.step))
@@ -235,7 +235,7 @@ def _tensor(
             curves.append((run.ref, queries.NOTHING))
     panel.title("tensor title", f"{chosen.role.value} of {chosen.layer}", "in all runs")
     figure, height = compare.tensor_curves(curves, chosen.role, first, last, where.step)
-    _follow(where, runs, panel.chart("tensor", figure, height=height, view=explicit))
+    _follow(where, runs, panel.chart("tensor", figure, height=height, view=explicit, files={}))
 
 
 def _configurations(runs: Sequence[RunSummary]) -> None:

@@ -144,7 +144,9 @@ def _body(where: links.Where, drawn_to: int) -> None:
         figure, height = overview.overview(heatmap, slots, scalars, first, last)
         explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
         note = [_note(heatmap, first, last), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
-        event = panel.chart("overview", figure, height=height, view=explicit, clickable=True, note=note)
+        event = panel.chart(
+            "overview", figure, height=height, view=explicit, clickable=True, note=note, files=where.params()
+        )
     with beside:
         shell.follow(_worst(where, maps, slots, last - first + 1))
     if isinstance(event, panel.Click):

@@ -69,15 +69,14 @@ def _draw(
 
     panel.title("depth", "over depth", f"most frequent scale of each layer, {steps}")
     figure, height = scales.over_depth(heatmap, found)
-    event = panel.chart(
-        "depth chart", figure, height=height, clickable=True, note=["\u2003".join(scales.legend(found)), *more]
-    )
+    legend = ["\u2003".join(scales.legend(found)), *more]
+    event = panel.chart("depth chart", figure, height=height, clickable=True, note=legend, files={})
     _follow(where, run, slots, event)
 
     ends = "first block solid, last block dashed, those between grey"
     panel.title("steps", "over steps", f"one line a layer; {ends}; click: the tensor, drag: zoom")
     figure, height = scales.over_steps(heatmap, found, first, last)
-    event = panel.chart("steps chart", figure, height=height, view=view_range, clickable=True)
+    event = panel.chart("steps chart", figure, height=height, view=view_range, clickable=True, files={})
     _follow(where, run, slots, event)
 
     panel.title(
@@ -86,11 +85,11 @@ def _draw(
         "the stronger the colour, the more layers have this scale; line: the mode of all layers",
     )
     figure, height = scales.per_step(heatmap, found, first, last)
-    _follow(where, run, slots, panel.chart("layers chart", figure, height=height, view=view_range))
+    _follow(where, run, slots, panel.chart("layers chart", figure, height=height, view=view_range, files={}))
 
     panel.title("all", "histogram over the range", "share of layers and columns of steps")
     figure, height = scales.histogram(heatmap, found)
-    panel.chart("all chart", figure, height=height)
+    panel.chart("all chart", figure, height=height, files={})
     _table(scales.summaries(heatmap, found))
 
 

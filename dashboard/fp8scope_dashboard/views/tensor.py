@@ -72,7 +72,8 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
         figure, height = tensor.tensor_figure(
             series, chosen, first, last, where.step, queries.histograms(run, chosen.slot, first, last)
         )
-        events.append(panel.chart("tensor", figure, height=height, view=explicit, clickable=True, note=_note(series)))
+        parts = {"view": explicit, "clickable": True, "note": _note(series), "files": where.params()}
+        events.append(panel.chart("tensor", figure, height=height, **parts))
     with beside:
         if series.step.size:
             _facts(series, chosen, where.step)
