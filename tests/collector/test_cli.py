@@ -63,7 +63,7 @@ def test_runs_lists_what_is_stored(stored: str, run: Run) -> None:
     lines = run("runs", "--db", stored).stdout.splitlines()
 
     assert lines[0].split() == ["RUN", "STATE", "STEPS", "ROWS", "RANKS", "DROPPED", "LAST", "SEEN", "TAGS"]
-    assert lines[1].split()[:6] == ["team/first", "stale", "0-2", "12", "2/8", "0"]
+    assert lines[1].split()[:6] == ["team/first", "crashed", "0-2", "12", "2/8", "0"]
     assert lines[1].endswith("a b")
     assert lines[2].startswith("empty")
 

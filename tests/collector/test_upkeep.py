@@ -377,7 +377,7 @@ def test_the_role_of_the_operations_page_reads_and_cannot_write(
     migrate(engine)
     Trainer(engine, wire, "run").commit(0, 5, NOW)
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
-    statements = page[page.index("CREATE ROLE fp8scope_reader") :].partition("```")[0]
+    statements = page[page.index("CREATE ROLE viewer") :].partition("```")[0]
     database = engine.url.database
     statements = statements.replace("DATABASE fp8scope ", f"DATABASE {database} ").replace(
         "ROLE fp8scope ", "ROLE postgres "
@@ -387,7 +387,7 @@ def test_the_role_of_the_operations_page_reads_and_cannot_write(
         for statement in filter(str.strip, statements.split(";")):
             admin.execute(statement)
     try:
-        reader_url = f"postgresql://fp8scope_reader:secret@127.0.0.1:{postgres_server.port}/{database}"
+        reader_url = f"postgresql://viewer:secret@127.0.0.1:{postgres_server.port}/{database}"
         reader = Reader(reader_url)
         assert [found.ref for found in reader.runs()] == ["run"]
         reader.close()
@@ -400,6 +400,6 @@ def test_the_role_of_the_operations_page_reads_and_cannot_write(
         as_writer.dispose()
     finally:
         with postgres_server.connect(database) as admin:
-            admin.execute("DROP OWNED BY fp8scope_reader")
-            admin.execute("DROP ROLE fp8scope_reader")
+            admin.execute("DROP OWNED BY viewer")
+            admin.execute("DROP ROLE viewer")
         engine.dispose()

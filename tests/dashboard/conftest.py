@@ -150,6 +150,6 @@ def find() -> Callable[..., None]:
         times = {"opened_unix_ns": time.time_ns(), "updated_unix_ns": time.time_ns()}
         values = {"run_id": run_id, "slot": slot, "severity": severity, "rule": rule, **texts, **numbers, **times}
         with engine.begin() as connection:
-            connection.execute(schema.finding.insert().values(**values, ranks_json="[0]", numbers_json="{}"))
+            connection.execute(schema.finding.insert().values(**values, ranks_json="[0]", numbers_json="{}", note=""))
 
     return find
