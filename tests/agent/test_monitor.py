@@ -148,10 +148,10 @@ def test_the_loss_curve_is_the_same_with_and_without_the_agent(
     make_model: Callable[[], nn.Module], collector: FakeCollector, train: Train
 ) -> None:
     alone = make_model()
-    losses = train(alone, None, 20)
+    losses = train(alone, None, 50)
     watched = make_model()
     with attach(watched, collector) as monitor:
-        watched_losses = train(watched, monitor, 20)
+        watched_losses = train(watched, monitor, 50)
 
     assert watched_losses == losses
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
