@@ -16,11 +16,15 @@ from fp8scope_collector.storage.rollups import COUNTS, LEVELS, PLACED, SUMS, VAL
 
 def stored(engine: sa.Engine) -> dict[tuple[int, int, int], Rollup]:
     """Every bucket with its parts merged, by (incarnation, level, bucket)."""
-    arrays: dict[tuple[int, int, int, int], dict[str, bytes]] = {}
     with engine.connect() as connection:
-        for row in connection.execute(sa.select(schema.rollup)):
-            key = (row.incarnation, row.level, row.bucket, row.part)
-            arrays.setdefault(key, {})[row.name] = row.data
+        return _stored(connection)
+
+
+def _stored(connection: sa.Connection) -> dict[tuple[int, int, int], Rollup]:
+    arrays: dict[tuple[int, int, int, int], dict[str, bytes]] = {}
+    for row in connection.execute(sa.select(schema.rollup)):
+        key = (row.incarnation, row.level, row.bucket, row.part)
+        arrays.setdefault(key, {})[row.name] = row.data
     merged: dict[tuple[int, int, int], Rollup] = {}
     for (incarnation, level, bucket, _), part in sorted(arrays.items()):
         merged.setdefault((incarnation, level, bucket), Rollup(level)).merge(Rollup.load(level, part))
@@ -37,12 +41,14 @@ def compare(engine: sa.Engine) -> None:
         .where(stats.step < coverage.rolled_step)
     )
     with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":  # one snapshot, as SQLite has: a collector may be writing
+            connection = connection.execution_options(isolation_level="REPEATABLE READ")
         rows = connection.execute(query).mappings().all()
+        got = _stored(connection)
     expected: dict[tuple[int, int, int], dict[int, list[Any]]] = {}
     for row, level in itertools.product(rows, LEVELS):
         bucket = expected.setdefault((row["incarnation"], level, row["step"] // level), {})
         bucket.setdefault(row["slot"], []).append(row)
-    got = stored(engine)
     assert got.keys() == expected.keys()
     for (incarnation, level, bucket), slots in expected.items():
         rollup = got[incarnation, level, bucket]
