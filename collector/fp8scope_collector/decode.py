@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -28,6 +29,8 @@ _OUTCOMES = {pb.OUTCOME_FINISHED: "finished", pb.OUTCOME_FAILED: "failed"}
 _INT32 = 2**31 - 1
 BINS = 256  # of a histogram
 _INT64 = 2**63 - 1
+
+_Columns = TypeVar("_Columns", pb.StatsColumns, pb.HistogramColumns)
 
 
 class RefusedError(Exception):
@@ -89,12 +92,7 @@ def decode_stats(message: pb.StatsBatch, source: Source, limits: Limits) -> Batc
         _at_most("rows", "rows", message.rows, limits.rows)
         _at_most("scalars", "entries", len(message.scalars), limits.scalars)
         _at_most("extras", "entries", len(message.extras), limits.extras)
-        columns = pb.StatsColumns()
-        if message.rows or message.columns:
-            try:
-                columns.ParseFromString(_decompress(message, limits))
-            except DecodeError as error:
-                raise RefusedError(f"columns is not a serialised StatsColumns: {error}") from None
+        columns = _parsed(pb.StatsColumns(), message, limits)
         step = _column(columns, "step", message.rows, "uint64", required=True)
         slot = _column(columns, "slot", message.rows, "uint32", required=True)
         _all_at_most("step", step, limits.step)
@@ -132,12 +130,7 @@ def decode_histograms(message: pb.HistogramBatch, source: Source, limits: Limits
     try:
         _between("seq", message.seq, 1, _INT64)
         _at_most("rows", "rows", message.rows, limits.rows)
-        columns = pb.HistogramColumns()
-        if message.rows or message.columns:
-            try:
-                columns.ParseFromString(_decompress(message, limits))
-            except DecodeError as error:
-                raise RefusedError(f"columns is not a serialised HistogramColumns: {error}") from None
+        columns = _parsed(pb.HistogramColumns(), message, limits)
         step = _column(columns, "step", message.rows, "uint64", required=True)
         slot = _column(columns, "slot", message.rows, "uint32", required=True)
         first_bin = _column(columns, "first_bin", message.rows, "uint8", required=True).astype(np.int64)
@@ -254,6 +247,16 @@ def _decode_extras(
 def _check_slots(slot: npt.NDArray[np.generic], source: Source) -> None:
     if len(slot) and (largest := int(slot.max())) >= len(source.run_slot):
         raise RefusedError(f"slot holds {largest}; the catalogue has the slots 0 to {len(source.run_slot) - 1}")
+
+
+def _parsed(columns: _Columns, message: pb.StatsBatch | pb.HistogramBatch, limits: Limits) -> _Columns:
+    """`columns` as the message has them, decompressed; empty where it has no rows."""
+    if message.rows or message.columns:
+        try:
+            columns.ParseFromString(_decompress(message, limits))
+        except DecodeError as error:
+            raise RefusedError(f"columns is not a serialised {type(columns).__name__}: {error}") from None
+    return columns
 
 
 def _decompress(message: pb.StatsBatch | pb.HistogramBatch, limits: Limits) -> bytes:
