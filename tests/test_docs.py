@@ -67,6 +67,7 @@ def test_every_decision_page_is_a_claim_that_says_what_would_break_it() -> None:
 
     assert pages
     assert [name for name in pages if "A change breaks this when" not in (ROOT / name).read_text()] == []
+    assert [name for name in pages if not re.match(r"# \D", (ROOT / name).read_text())] == []
 
 
 def test_the_scaling_page_is_what_its_script_computes_from_what_was_measured() -> None:

@@ -26,8 +26,9 @@ from fp8scope_collector.config import ConfigError, parse_address, serve_config
 from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.options import AsJson, Database, Run, duration_s
 from fp8scope_collector.storage.acknowledge import AcknowledgeError
-from fp8scope_collector.storage.engine import DEFAULT_URL, StorageError
+from fp8scope_collector.storage.engine import DEFAULT_URL
 from fp8scope_collector.storage.readmodels import RunNotFound, RunSummary
+from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.storage.tokens import TokenError
 
 app = typer.Typer(

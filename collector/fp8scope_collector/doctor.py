@@ -27,8 +27,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fp8scope_collector.config import Address, ConfigError, TlsFiles
 from fp8scope_collector.options import bytes_text
 from fp8scope_collector.storage import schema, tokens
-from fp8scope_collector.storage.engine import StorageError, display_url, newest_version, open_engine, stored_version
+from fp8scope_collector.storage.engine import display_url, newest_version, open_engine, stored_version
 from fp8scope_collector.storage.overview import recent_runs
+from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.tls import Certificate, expires_unix_ns, first_pem
 
 Level = Literal["ok", "warning", "problem"]

@@ -23,8 +23,9 @@ from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
 from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns
-from fp8scope_collector.storage.engine import StorageError, migrate, open_engine, open_stats
+from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span, int_div
+from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.storage.writer import StatsWriter
 
 

@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from fp8scope_collector.storage.engine import StorageError, display_url, migrate, newest_version, open_engine
+from fp8scope_collector.storage.engine import display_url, migrate, newest_version, open_engine
 from fp8scope_collector.storage.schema import metadata
+from fp8scope_collector.storage.stats_store import StorageError
 
 
 def test_migrated_tables_are_the_schema(database_url: str) -> None:

@@ -14,8 +14,9 @@ from fp8scope_collector.decode import decode_open
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.acknowledge import AcknowledgeError, Acknowledger
-from fp8scope_collector.storage.engine import StorageError, migrate, open_engine
+from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import Reader
+from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.storage.writer import StatsWriter
 
 Run = Callable[..., Any]

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.storage import rolling, schema
-from fp8scope_collector.storage.engine import StorageError, migrate, open_engine
+from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.history import int_div
 from fp8scope_collector.storage.reader import QUANTITIES, HeatMap, Quantity, Reader, RunNotFound, Worst
+from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.storage.writer import StatsWriter
 
 SECOND = 10**9

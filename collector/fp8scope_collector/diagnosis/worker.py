@@ -21,7 +21,7 @@ from fp8scope_collector.diagnosis.live import Lease, Watcher
 from fp8scope_collector.diagnosis.notify import Notifier
 from fp8scope_collector.diagnosis.settings import Settings
 from fp8scope_collector.logs import log_to_stderr
-from fp8scope_collector.storage.engine import StorageError
+from fp8scope_collector.storage.stats_store import StorageError
 
 NICE = 19  # ingest goes first
 REST = 8  # times what a look took, before the next: diagnosis has at most a ninth of a core

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.engine import StorageError, display_url, open_engine
+from fp8scope_collector.storage.engine import display_url, open_engine
 from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.readmodels import StoredFinding
+from fp8scope_collector.storage.stats_store import StorageError
 
 LONGEST_NAME, LONGEST_REASON = 256, 4096
 

@@ -35,9 +35,8 @@ from fp8scope_collector.storage.clickhouse_ddl import (
     local,
     missing_columns,
 )
-from fp8scope_collector.storage.engine import StorageError
 from fp8scope_collector.storage.history import Span, int_div
-from fp8scope_collector.storage.stats_store import Pace, row_schema
+from fp8scope_collector.storage.stats_store import Pace, StorageError, row_schema
 
 _KEY = ("run_id", "source_id", "step", "slot", "seq")
 _stats = sa.table(

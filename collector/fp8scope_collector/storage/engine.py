@@ -22,7 +22,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from fp8scope_collector.storage.sql_stats import SqlStats
-from fp8scope_collector.storage.stats_store import StatsStore
+from fp8scope_collector.storage.stats_store import StatsStore, StorageError
 
 DEFAULT_URL = "sqlite:///fp8scope.db"
 BUSY_TIMEOUT_S = 5.0
@@ -36,10 +36,6 @@ _POSTGRESQL_DEFAULTS = {  # libpq: notice a dead server in seconds, not hours
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",
 }
-
-
-class StorageError(Exception):
-    """The database cannot be used; the text says why and what to do."""
 
 
 def open_engine(url: str, *, read_only: bool = False) -> sa.Engine:

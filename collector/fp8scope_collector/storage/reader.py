@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.storage import curves, maps, samples, schema, spread
-from fp8scope_collector.storage.engine import StorageError, display_url, open_engine, open_stats
+from fp8scope_collector.storage.engine import display_url, open_engine, open_stats
 from fp8scope_collector.storage.findings import read_findings
 from fp8scope_collector.storage.history import (
     FIRST_STEP,
@@ -60,7 +60,7 @@ from fp8scope_collector.storage.readmodels import (
 )
 from fp8scope_collector.storage.run_list import STALE_AFTER_S, run_list
 from fp8scope_collector.storage.run_view import RunView
-from fp8scope_collector.storage.stats_store import row_schema
+from fp8scope_collector.storage.stats_store import StorageError, row_schema
 from fp8scope_collector.storage.system import read_configuration, read_system
 
 __all__ = [

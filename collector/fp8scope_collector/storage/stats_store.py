@@ -21,6 +21,10 @@ from fp8scope_collector.storage.history import Span
 _ARROW = {"float32": pa.float32(), "float64": pa.float64(), "uint64": pa.uint64()}
 
 
+class StorageError(Exception):
+    """The database cannot be used; the text says why and what to do."""
+
+
 @dataclass(frozen=True)
 class Pace:
     """How a store likes to be written to."""

@@ -23,14 +23,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.storage import samples, schema, tokens
-from fp8scope_collector.storage.engine import StorageError
 from fp8scope_collector.storage.findings import FindingsNow, findings_now
 from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
 from fp8scope_collector.storage.registry import Insert, register
 from fp8scope_collector.storage.rolling import Locked, Rolling
 from fp8scope_collector.storage.sql_stats import SqlStats
-from fp8scope_collector.storage.stats_store import StatsStore
+from fp8scope_collector.storage.stats_store import StatsStore, StorageError
 
 SILENT_NS = 15 * 10**9  # a source that was not heard of for so long is in no collector's memory
 
