@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
-from fp8scope_collector.storage import rolling, schema
+from fp8scope_collector.storage import rolling, schema, spread
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.history import int_div
 from fp8scope_collector.storage.reader import QUANTITIES, HeatMap, Quantity, Reader, RunNotFound, Worst
@@ -379,6 +379,52 @@ def test_spread_knows_the_rank_and_the_step_of_each_extreme(
         assert got.median_error == (0 if points == 10_000 or not rolled else pytest.approx(0.0905, abs=1e-3)) or (
             field != "amax"
         )
+
+
+@pytest.mark.parametrize("seed", [9, 10])
+def test_each_rank_is_shown_at_the_first_step_that_it_has_in_a_column(
+    engine: sa.Engine, reader: Reader, seed: int
+) -> None:
+    run = record(engine, seed)
+    history = run.history(3, 70)
+    recorded = {(rank, step) for step, _, rank in history}
+
+    for quantity, columns in itertools.product(["amax", "headroom", "overflow_ratio", "scale_exp2"], [1000, 8, 3]):
+        got = reader.ranks(run.run_id, 4, quantity, first_step=3, last_step=70, max_columns=columns)
+
+        width = int(got.last[0] - got.step[0]) + 1
+        assert width == 1 if columns == 1000 else len(got.step) <= columns
+        expected = {}
+        for rank, column in {(rank, step // width) for rank, step in recorded}:
+            step = min(step for r, step in recorded if r == rank and step // width == column)
+            if found := history.get((step, 4, rank)):
+                expected[rank, column * width] = quantity_of(*found, quantity.removesuffix("_ratio"))
+        shown = {
+            (rank, step): (low, high)
+            for rank, lows, highs in zip(got.ranks.tolist(), got.low.tolist(), got.high.tolist(), strict=True)
+            for step, low, high in zip(got.step.tolist(), lows, highs, strict=True)
+        }
+        assert len({rank for rank, _ in expected}) == 3
+        for key in {*shown, *expected}:
+            nothing = (math.nan, math.nan)
+            assert shown.get(key, nothing) == pytest.approx(expected.get(key, nothing), 1e-12, 1e-12, nan_ok=True), key
+
+
+def test_very_many_ranks_are_shown_in_fewer_columns(
+    engine: sa.Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "RANK_ROWS", 64)
+    with engine.begin() as connection:
+        run_id = insert_run(connection, "gpt")
+        for rank in range(16):
+            source_id = insert_source(connection, run_id, rank)
+            row = {"source_id": source_id, "slot": 0, **random_row(random.Random(0)), "amax": rank + 1}
+            insert_rows(connection, source_id, [{**row, "step": step} for step in range(40)])
+
+    got = reader.ranks(run_id, 0, "amax")
+
+    assert (got.ranks.tolist(), got.step.tolist(), got.last.tolist()) == ([*range(16)], [0, 16, 32], [15, 31, 47])
+    np.testing.assert_array_equal(got.low, np.repeat(np.arange(1.0, 17)[:, None], 3, axis=1))
 
 
 def test_histograms_of_ranks_add_up_and_long_ranges_come_in_columns(engine: sa.Engine, reader: Reader) -> None:

@@ -154,6 +154,7 @@ class ClickHouseStats:
         fields: Sequence[str],
         *,
         slots: Sequence[int] | None = None,
+        every: int = 1,
         batch_rows: int = 50_000,
     ) -> Iterator[pa.RecordBatch]:
         """The spans' rows, a query for each; of rows that are there twice the one of the later batch."""
@@ -166,6 +167,14 @@ class ClickHouseStats:
             query = sa.select(*(_stats.c[name] for name in layout.names)).where(_within(runs[span.source_id], span))
             if slots is not None:
                 query = query.where(_stats.c.slot.in_(list(slots)))
+            if every > 1:
+                there = _stats_step.c
+                firsts = sa.select(sa.func.min(there.step)).where(
+                    there.run_id == runs[span.source_id],
+                    there.source_id == span.source_id,
+                    there.step.between(span.first_step, span.last_step),
+                )
+                query = query.where(_stats.c.step.in_(firsts.group_by(int_div(there.step, every))))
             query = query.order_by(_stats.c.step, _stats.c.slot)
             with self._client() as client, client.query_arrow_stream(self._sql(query), settings=settings) as blocks:
                 for block in blocks:

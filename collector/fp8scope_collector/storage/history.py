@@ -78,19 +78,22 @@ def history(spans: Sequence[Span], epochs: dict[int, int] | None = None) -> sa.C
     return sa.values(*columns, name="span").data(rows or [(-1, 0, 0, -1)]).cte("span")
 
 
-def steps_of(table: sa.FromClause, span: sa.CTE, *conditions: sa.ColumnElement[bool]) -> sa.CTE:
+def steps_of(table: sa.FromClause, span: sa.CTE, *, every: int = 1) -> sa.CTE:
     """The distinct steps of each span as a table `walk(source_id, epoch, step)`, found by seeks and not by a scan.
 
-    `table` has columns source_id and step under one key; `conditions` fix the key's columns between them.
+    `table` has columns source_id and step under one key. Of each stretch of `every` steps, the first of which it
+    divides, only the first that is there.
     """
 
     def next_step(source_id: Any, above: Any) -> Any:
         query = sa.select(sa.func.min(table.c.step)).where(table.c.source_id == source_id, table.c.step > above)
-        return query.where(*conditions).scalar_subquery()
+        return query.scalar_subquery()
 
     start = next_step(span.c.source_id, span.c.first_step - 1)
     walk = sa.select(span.c.source_id, span.c.epoch, span.c.last_step, start.label("step")).cte("walk", recursive=True)
-    following = next_step(walk.c.source_id, walk.c.step)
+    following = next_step(
+        walk.c.source_id, int_div(walk.c.step, every) * every + every - 1 if every > 1 else walk.c.step
+    )
     return walk.union_all(
         sa.select(walk.c.source_id, walk.c.epoch, walk.c.last_step, following).where(walk.c.step < walk.c.last_step)
     )

@@ -46,6 +46,7 @@ from fp8scope_collector.storage.readmodels import (
     HeatMap,
     Histograms,
     Progress,
+    Ranks,
     RunNotFound,
     RunSummary,
     Scalar,
@@ -70,6 +71,7 @@ __all__ = [
     "Histograms",
     "Progress",
     "Quantity",
+    "Ranks",
     "Reader",
     "RunNotFound",
     "RunSummary",
@@ -318,6 +320,28 @@ class Reader:
             raise ValueError(f"field {field!r} has no spread; choose one of {', '.join(SPREAD_FIELDS)}")
         with self._view(run_id) as view:
             return spread.spread(view, slot, field, first_step=first_step, last_step=last_step, max_points=max_points)
+
+    def ranks(
+        self,
+        run_id: int,
+        slot: int,
+        field: str,
+        *,
+        first_step: int = FIRST_STEP,
+        last_step: int = LAST_STEP,
+        max_columns: int = 200,
+    ) -> Ranks:
+        """A field of one slot on each rank, as far as raw rows are kept: one recorded step of each of the columns.
+
+        A field is one that `series` knows. With very many ranks there are fewer columns: it costs by rows read, a few
+        seeks for each, and reads 16,384 at most.
+
+        Raises:
+            ValueError: the field is unknown.
+        """
+        check_fields([field])
+        with self._view(run_id) as view:
+            return spread.ranks(view, slot, field, first_step=first_step, last_step=last_step, max_columns=max_columns)
 
     def histograms(
         self,

@@ -239,6 +239,22 @@ class Histograms:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """One field of one slot, rank by rank: row r is rank ranks[r], column i over the steps from step[i] to last[i].
+
+    `low` and `high`, float64 [ranks, columns], are those of the first step that a life of the rank recorded there (they
+    differ where a field has a smallest and a largest value within a step); NaN: it has none. Columns of one step show
+    every row; of wider ones `Spread` has the extremes of all steps, with their ranks.
+    """
+
+    ranks: Ints
+    step: Ints
+    last: Ints
+    low: Floats
+    high: Floats
+
+
+@dataclass(frozen=True)
 class Spread:
     """How one field of one slot lies over the ranks: entry i is over the steps from step[i] to last[i].
 

@@ -72,10 +72,10 @@ class RunView:
         return found
 
     def rows(
-        self, spans: Sequence[Span], fields: Sequence[str], *, slots: Sequence[int] | None = None
+        self, spans: Sequence[Span], fields: Sequence[str], *, slots: Sequence[int] | None = None, every: int = 1
     ) -> Iterator[Rows]:
-        """The raw rows of the spans, piece by piece."""
-        for batch in self.store.rows(self.connection, spans, fields, slots=slots):
+        """The raw rows of the spans, piece by piece; `every` as in `StatsStore.rows`."""
+        for batch in self.store.rows(self.connection, spans, fields, slots=slots, every=every):
             columns = {name: _floats(batch.column(name)) for name in fields}
             source_id, step, slot = (batch.column(name).to_numpy() for name in ("source_id", "step", "slot"))
             yield Rows(self, source_id, step, slot, columns)

@@ -12,11 +12,12 @@ from fp8scope_collector.storage.curves import RAW_ROWS
 from fp8scope_collector.storage.history import LAST_STEP, owned_spans
 from fp8scope_collector.storage.maps import choose_width, column_width, extent
 from fp8scope_collector.storage.quantities import Ints, in_unit, source_of
-from fp8scope_collector.storage.readmodels import Histograms, Spread
+from fp8scope_collector.storage.readmodels import Histograms, Ranks, Spread
 from fp8scope_collector.storage.rollups import BINS_PER_OCTAVE, bins_of, place
 from fp8scope_collector.storage.run_view import RunView
 
 BINS = 256
+RANK_ROWS = 16_384  # what one answer about ranks reads at most: with more ranks it has fewer columns
 MEDIAN_ERROR = 2 ** (0.5 / BINS_PER_OCTAVE) - 1  # half a bin: 9 %
 
 
@@ -95,6 +96,25 @@ def _binned_medians(
             middle = np.searchsorted(np.cumsum(counts[order]), (counts.sum() + 1) // 2)
             medians[index[entry]] = 2 ** (octave[order][middle] + 0.5 / BINS_PER_OCTAVE)
     return medians
+
+
+def ranks(view: RunView, slot: int, field: str, *, first_step: int, last_step: int, max_columns: int) -> Ranks:
+    """See `Reader.ranks`."""
+    spans = sorted(owned_spans(view.lives, first_step, last_step), key=lambda span: -span.first_step)
+    every = 1
+    if spans:
+        columns = max(1, min(max_columns, RANK_ROWS // len({view.rank_of[span.source_id] for span in spans})))
+        every = column_width(*extent(spans), columns, view.stride)
+    found = [
+        np.stack([rows.rank, rows.step // every, *rows.values(field)])
+        for rows in view.rows(spans, source_of(field).fields, slots=[slot], every=every)
+    ]
+    rank, column, low, high = np.concatenate([np.empty((4, 0)), *found], axis=1)
+    numbers, row_of = np.unique(rank.astype(np.int64), return_inverse=True)
+    entries, entry_of = np.unique(column.astype(np.int64), return_inverse=True)
+    lows, highs = np.full((2, len(numbers), len(entries)), np.nan)
+    lows[row_of, entry_of], highs[row_of, entry_of] = low, high  # of two lives in one column the earlier comes last
+    return Ranks(numbers, entries * every, entries * every + every - 1, *in_unit(field, lows, highs))
 
 
 def histograms(view: RunView, slot: int, *, first_step: int, last_step: int, max_columns: int) -> Histograms:

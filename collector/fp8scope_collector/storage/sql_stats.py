@@ -78,6 +78,7 @@ class SqlStats:
         fields: Sequence[str],
         *,
         slots: Sequence[int] | None = None,
+        every: int = 1,
         batch_rows: int = 50_000,
     ) -> Iterator[pa.RecordBatch]:
         """The spans' rows by a range of the key; a few slots by seeks on (source, step, slot)."""
@@ -89,7 +90,7 @@ class SqlStats:
                     stats.source_id == span.source_id, stats.step.between(span.first_step, span.last_step)
                 )
             else:
-                walk = steps_of(schema.stats, history([span]))
+                walk = steps_of(schema.stats, history([span]), every=every)
                 here = sa.and_(
                     stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot.in_(list(slots))
                 )

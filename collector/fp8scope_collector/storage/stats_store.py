@@ -79,12 +79,14 @@ class StatsStore(Protocol):
         fields: Sequence[str],
         *,
         slots: Sequence[int] | None = None,
+        every: int = 1,
         batch_rows: int = 50_000,
     ) -> Iterator[pa.RecordBatch]:
         """The spans' rows, one span after another, each ordered by step and slot, as `row_schema(fields)` says.
 
         No batch has more than `batch_rows`, and memory does not grow with their number. With `slots` only theirs, a
-        few, which costs by them and not by all the slots of those steps.
+        few, which costs by them and not by all the slots of those steps; then also with `every` above 1: of each
+        stretch of so many steps (0 to every - 1, and so on) only the first that the source has in the span.
         """
         ...
 

@@ -106,6 +106,19 @@ def test_spans_and_slots_choose_rows(kept: Any, wire: Any) -> None:
     assert list(zip(*(some[name].to_pylist() for name in key), strict=True)) == [k for k in expected if k[2] in (1, 4)]
 
 
+def test_of_each_stretch_of_steps_the_first_that_is_there_comes(kept: Any, wire: Any) -> None:
+    sources = [register(kept, wire, rank=rank) for rank in (0, 1)]
+    for source, steps in zip(sources, [(0, 1, 2, 5, 9, 10, 12), (3, 4, 7, 300)], strict=True):
+        commit(kept, [decode(wire.stats(step + 1, wire.columns(step)), source) for step in steps])
+
+    spans = [whole(sources[1]), Span(sources[0].id, 1, 1, 11)]
+    table = read(kept, spans, ["amax"], slots=[4], every=4)
+
+    assert table["step"].to_pylist() == [3, 4, 300, 1, 5, 9]
+    assert table["slot"].to_pylist() == [4] * 6
+    assert table["amax"].to_pylist() == [step * 64 + 4 for step in (3, 4, 300, 1, 5, 9)]
+
+
 def test_batches_are_bounded(kept: Any, wire: Any) -> None:
     source = register(kept, wire)
     commit(kept, [decode(wire.stats(1, wire.columns(0, steps=50)), source)])
