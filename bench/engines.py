@@ -1,4 +1,4 @@
-"""An empty database of each kind for a benchmark, with the durability that it has by default."""
+"""A database of each kind for a benchmark, with the durability that it has by default."""
 
 from __future__ import annotations
 
@@ -27,23 +27,35 @@ class Database:
 
     url: str
     size_bytes: Callable[[], int]
+    folder: Path
+
+    def note(self, name: str, number: int) -> None:
+        """Keeps a number beside the database, as long as that is kept."""
+        (self.folder / name).write_text(str(number))
+
+    def noted(self, name: str) -> int:
+        """The number that was noted."""
+        return int((self.folder / name).read_text())
 
 
 @contextlib.contextmanager
-def database(engine: str) -> Iterator[Database]:
-    """An empty database of that kind, gone afterwards.
+def database(engine: str, keep: Path | None = None) -> Iterator[Database]:
+    """An empty database of that kind, gone afterwards; or the one in the folder `keep`, which stays.
 
     Raises:
         FileNotFoundError: its programs are not on this machine.
     """
-    with tempfile.TemporaryDirectory(prefix="fp8scope-bench-") as name:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = (
+            keep.absolute() if keep else Path(stack.enter_context(tempfile.TemporaryDirectory("", "fp8scope-bench-")))
+        )
+        folder.mkdir(parents=True, exist_ok=True)
         if engine == "postgresql":
-            with _postgresql(folder) as url:
-                yield Database(url, lambda: _postgresql_bytes(url))
+            url = stack.enter_context(_postgresql(folder))
+            yield Database(url, lambda: _postgresql_bytes(url), folder)
         else:
             stats = f"?stats=chdb:///{folder}/stats" if engine == "clickhouse" else ""
-            yield Database(f"sqlite:///{folder}/bench.db{stats}", lambda: _bytes_below(folder))
+            yield Database(f"sqlite:///{folder}/bench.db{stats}", lambda: _bytes_below(folder), folder)
 
 
 def _bytes_below(folder: Path) -> int:
@@ -65,8 +77,9 @@ def _postgresql(folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     data = folder / "data"
-    initdb = [found[-1].with_name("initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
-    subprocess.run([*map(str, initdb)], **account, cwd=folder, check=True, capture_output=True)
+    if not (data / "PG_VERSION").exists():
+        initdb = [found[-1].with_name("initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
+        subprocess.run([*map(str, initdb)], **account, cwd=folder, check=True, capture_output=True)
     server = subprocess.Popen(
         [found[-1], "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", folder],
         **account,
