@@ -56,7 +56,7 @@ class Episodes:
     def observe(self, window: Window, rules: Sequence[Rule] | None = None) -> None:
         """Takes in what the rules (all, or `rules`) say of the window's fresh rows."""
         for rule in self._rules if rules is None else rules:
-            for finding in rule.check(window):
+            for finding in rule.check(window.recent(rule.reach)):
                 of_ranks = self._parts.setdefault(key_of(finding), defaultdict(list))
                 _extend(of_ranks[finding.ranks], finding)
 

@@ -59,6 +59,7 @@ class Finding:
 class Rule:
     """A rule: its name for ever, what it says to people, and the function that looks.
 
+    `check` looks at `reach` rows before a row, and no more are handed to it.
     `evidence` is a format string over `Finding.numbers`. `remedies` are by recipe, with "" for the others; they may
     name {layer} and {role}. `changes` are what can be written down of them as code, by recipe or by role; see
     `diagnosis.changes`.
@@ -69,6 +70,7 @@ class Rule:
     cause: str
     remedies: Mapping[str, str]
     evidence: str
+    reach: int
     check: Callable[[Window], Iterable[Finding]] = field(repr=False)
     changes: Mapping[str, str] = field(default_factory=dict)
 

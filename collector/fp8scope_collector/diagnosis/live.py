@@ -1,6 +1,6 @@
 """Diagnosis of runs that are going on: every few seconds what is new is read, judged, and written down as findings.
 
-`Watcher` looks after all runs of a database, `RunWatch` after one. A run's last 128 rows are kept in memory and
+`Watcher` looks after all runs of a database, `RunWatch` after one. A run's last 72 rows are kept in memory and
 extended by a cursor over committed rows, up to the step that all its ranks have passed; a rank that falls silent is
 waited for ten seconds. The findings are those that `fp8scope diagnose` gives (docs/adr/0063): where rows come late or
 a resumed run rewrites steps, the run is judged again from there, and what is not found again is marked as rewritten.

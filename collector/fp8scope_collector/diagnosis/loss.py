@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fp8scope_collector.diagnosis.window import LOOKBACK, Floats, Window
+from fp8scope_collector.diagnosis.window import LOOKBACK_SCALARS, Floats, Window
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ def losses(window: Window) -> Iterator[Loss]:
         if name.lower().endswith("loss"):
             rows = np.minimum(np.searchsorted(window.steps, series.steps), window.steps.size - 1)
             for i in np.flatnonzero(series.steps > seen):
-                yield Loss(int(rows[i]), float(series.values[i]), series.values[max(0, i - LOOKBACK) : i])
+                yield Loss(int(rows[i]), float(series.values[i]), series.values[max(0, i - LOOKBACK_SCALARS) : i])

@@ -31,8 +31,9 @@ def largest(values: Floats, rows: int) -> Floats:
     """The largest of the last `rows` rows, a power of two."""
     reach = 1
     while reach < rows:
-        values = np.fmax(values, before(values, reach))
-        reach *= 2
+        extended = values.copy()
+        np.fmax(values[:, reach:], values[:, :-reach], out=extended[:, reach:])
+        values, reach = extended, 2 * reach
     assert reach == rows
     return values
 
@@ -47,10 +48,9 @@ def mean(values: Floats, rows: int, *, at_least: int) -> Floats:
 
     Rows are added in the same order wherever a window begins, so that the mean is the same to the last bit.
     """
-    total, count = np.zeros_like(values), np.zeros_like(values)
-    for back in range(rows):
-        shifted = before(values, back) if back else values
-        known = ~np.isnan(shifted)
-        total += np.where(known, shifted, 0.0)
-        count += known
+    known = ~np.isnan(values)
+    there = np.where(known, values, 0.0)
+    total, count = np.zeros_like(values), counted(known, rows)
+    for back in range(min(rows, values.shape[1])):
+        total[:, back:] += there[:, : values.shape[1] - back]
     return np.where(count >= at_least, total / np.maximum(count, 1), np.nan)

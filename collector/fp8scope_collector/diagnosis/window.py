@@ -3,16 +3,16 @@
 Axes are [ranks, steps, slots] and only recorded steps are there: with every=10 they are ten apart. A window begins with
 `fresh` rows of context that were judged before; findings are about the rows from there on. The context is always
 `LOOKBACK` rows, or as many as there are since the process life began, so that what a rule says of a row does not
-depend on where a run was cut into windows.
+depend on where a run was cut into windows. Of these a rule gets as many as it looks at (`Window.recent`).
 
 Every field is float64 with NaN for what is missing: counts are exact up to 2**53.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ from fp8core.recipes import Recipe, parse_recipe
 from fp8core.records import Role
 from fp8scope_collector.storage.readmodels import Slot
 
-LOOKBACK = 128
+LOOKBACK = 72  # rows; no rule looks back further
+LOOKBACK_SCALARS = 128  # values of each scalar
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -63,6 +64,21 @@ class Window:
     def __getitem__(self, field: str) -> Floats:
         return self.fields[field]
 
+    def recent(self, rows: int) -> Window:
+        """The fresh rows with at most `rows` of context: views, that share what is derived of each row."""
+        first = max(0, self.fresh - rows)
+        part = replace(
+            self,
+            steps=self.steps[first:],
+            fields={name: values[:, first:] for name, values in self.fields.items()},
+            first_row=self.first_row + first,
+            fresh=self.fresh - first,
+        )
+        derived = ("present", "rank_present", "amax_exp2", "scale_exp2", "headroom")
+        vars(part).update({name: getattr(self, name)[:, first:] for name in derived})
+        vars(part)["_tensors"] = self._tensors
+        return part
+
     @cached_property
     def present(self) -> Bools:
         """Whether there is a row, [ranks, steps, slots]."""
@@ -79,6 +95,11 @@ class Window:
         return (self.first_row - self.life_row + np.arange(self.steps.size))[None, :, None]
 
     @cached_property
+    def amax_exp2(self) -> Floats:
+        """log2 of a step's largest magnitude; NaN for a tensor of zeros."""
+        return log2(self["amax"])
+
+    @cached_property
     def scale_exp2(self) -> Floats:
         """log2 of the smallest scale of a step."""
         return log2(self["scale_min"])
@@ -86,18 +107,17 @@ class Window:
     @cached_property
     def headroom(self) -> Floats:
         """Bits between the largest scaled magnitude of a step and the format's maximum; NaN for a tensor of zeros."""
-        return np.log2(self.largest) - log2(self["amax"]) - log2(self["scale_max"])
+        return np.log2(self.largest) - self.amax_exp2 - log2(self["scale_max"])
 
-    @cached_property
+    @property
     def largest(self) -> Floats:
         """The largest value of each slot's format, [slots]; NaN where the format is not known."""
-        return np.array([FORMATS[slot.format].max if slot.format in FORMATS else np.nan for slot in self.slots])
+        return self._tensors.largest
 
-    @cached_property
+    @property
     def normal_bits(self) -> Floats:
         """Powers of two that each slot's format covers with full precision, [slots]: 14.8 for E4M3FN, 29.8 for E5M2."""
-        formats = [FORMATS.get(slot.format) for slot in self.slots]
-        return np.array([np.log2(fmt.max / fmt.smallest_normal) if fmt else np.nan for fmt in formats])
+        return self._tensors.normal_bits
 
     def ratio(self, count: str) -> Floats:
         """The share of a step's elements that `count` counts."""
@@ -105,23 +125,54 @@ class Window:
             share: Floats = self[count] / self["numel"]
         return share
 
-    @cached_property
-    def recipes(self) -> tuple[Recipe | None, ...]:
-        """Each slot's recipe; None where its text is not one of ours."""
-        return tuple(_recipe(slot.recipe) for slot in self.slots)
+    def of_recipe(self, what: Callable[[Recipe | None], float]) -> Floats:
+        """A number of each slot's recipe, [slots]; `what` gets None where its text is not one of ours."""
+        return np.array([what(recipe) for recipe in self._tensors.recipes])[self._tensors.recipe_index]
 
     def under(self, *kinds: type[Recipe]) -> Bools:
         """Which slots are scaled by a recipe of these kinds, [slots]."""
-        return np.array([isinstance(recipe, kinds) for recipe in self.recipes], dtype=bool)
+        which: Bools = self.of_recipe(lambda recipe: isinstance(recipe, kinds)) == 1
+        return which
 
     def of_role(self, role: Role) -> Bools:
         """Which slots have this role, [slots]."""
-        return np.array([slot.role == role for slot in self.slots], dtype=bool)
+        which: Bools = self._tensors.roles == str(role)
+        return which
 
     @property
     def margins(self) -> Floats:
         """Bits of headroom that each slot's recipe leaves, [slots]."""
-        return np.array([slot.margin for slot in self.slots], dtype=np.float64)
+        return self._tensors.margins
+
+    @cached_property
+    def _tensors(self) -> _Tensors:
+        return _tensors_of(self.slots)
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """What rules ask of slots, as arrays; `recipes` are the distinct ones, `recipe_index` says which a slot has."""
+
+    largest: Floats
+    normal_bits: Floats
+    margins: Floats
+    roles: npt.NDArray[np.str_]
+    recipes: tuple[Recipe | None, ...]
+    recipe_index: Ints
+
+
+@lru_cache(maxsize=16)  # a run's windows have the same slots again and again
+def _tensors_of(slots: tuple[Slot, ...]) -> _Tensors:
+    formats = [FORMATS.get(slot.format) for slot in slots]
+    recipes = {text: number for number, text in enumerate(dict.fromkeys(slot.recipe for slot in slots))}
+    return _Tensors(
+        largest=np.array([fmt.max if fmt else np.nan for fmt in formats]),
+        normal_bits=np.array([np.log2(fmt.max / fmt.smallest_normal) if fmt else np.nan for fmt in formats]),
+        margins=np.array([slot.margin for slot in slots], dtype=np.float64),
+        roles=np.array([str(slot.role) for slot in slots]),
+        recipes=tuple(_recipe(text) for text in recipes),
+        recipe_index=np.array([recipes[slot.recipe] for slot in slots], dtype=np.int64),
+    )
 
 
 def slide(pieces: Iterable[Window]) -> Iterator[Window]:
@@ -172,12 +223,13 @@ def _joined(before: Window, piece: Window) -> Window:
 
 
 def tail(window: Window) -> Window:
-    """What a window leaves as context, without the memory of the rest."""
+    """What a window leaves as context, without the memory of the rest where that is a quarter of it or more."""
     first = max(0, window.steps.size - LOOKBACK)
+    kept = {name: values[:, first:] for name, values in window.fields.items()}
     return replace(
         window,
-        steps=window.steps[first:].copy(),
-        fields={name: values[:, first:].copy() for name, values in window.fields.items()},
+        steps=window.steps[first:],
+        fields={name: values.copy() for name, values in kept.items()} if first > LOOKBACK // 4 else kept,
         scalars={name: _between_last(series) for name, series in window.scalars.items()},
         first_row=window.first_row + first,
         fresh=window.steps.size - first,
@@ -201,7 +253,7 @@ def _appended(before: ScalarSeries | None, series: ScalarSeries | None) -> Scala
 
 
 def _between_last(series: ScalarSeries) -> ScalarSeries:
-    return ScalarSeries(series.steps[-LOOKBACK:], series.values[-LOOKBACK:])
+    return ScalarSeries(series.steps[-LOOKBACK_SCALARS:], series.values[-LOOKBACK_SCALARS:])
 
 
 def _between(series: ScalarSeries, after: np.int64, last: np.int64) -> ScalarSeries:
@@ -219,4 +271,6 @@ def _recipe(text: str) -> Recipe | None:
 def log2(values: Floats) -> Floats:
     """log2 of what is above 0, else NaN."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(values > 0, np.log2(values), np.nan)
+        exponents: Floats = np.log2(values)
+    exponents[exponents == -np.inf] = np.nan
+    return exponents

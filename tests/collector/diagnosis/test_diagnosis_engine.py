@@ -9,6 +9,7 @@ import pytest
 
 from fp8core import DelayedScaling
 from fp8core.records import Role
+from fp8scope_collector.diagnosis.catalogue import RULES
 from fp8scope_collector.diagnosis.engine import diagnose
 from fp8scope_collector.diagnosis.finding import Severity
 from fp8scope_collector.diagnosis.thresholds import GAP_ROWS
@@ -16,14 +17,25 @@ from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, Window, c
 from fp8scope_collector.storage.readmodels import Slot
 
 
-@pytest.mark.parametrize("rows", [5, 64, 200])
-def test_a_run_cut_anywhere_has_the_same_findings(noisy: Window, rows: int) -> None:
-    whole = diagnose([noisy])
+@pytest.mark.parametrize("rows", [1, 5, 64, 200])
+@pytest.mark.parametrize("kind", ["noisy", "plateaus"])
+def test_a_run_cut_anywhere_has_the_same_findings(request: pytest.FixtureRequest, kind: str, rows: int) -> None:
+    run: Window = request.getfixturevalue(kind)
+    whole = diagnose([run])
 
-    pieces = diagnose(cut(noisy, rows))
+    pieces = diagnose(cut(run, rows))
 
-    assert len({finding.rule for finding in whole.findings}) >= 14, "the rows make most rules speak"
     assert [repr(finding) for finding in pieces.findings] == [repr(finding) for finding in whole.findings]
+
+
+def test_of_these_rows_every_rule_has_something_to_say(noisy: Window, plateaus: Window) -> None:
+    spoke = {finding.rule for run in (noisy, plateaus) for finding in diagnose([run]).findings}
+
+    assert {rule.name for rule in RULES} - spoke == {"run-silent"}, "which goes by the clock and not by rows"
+
+
+def test_no_rule_looks_back_further_than_windows_reach() -> None:
+    assert max(rule.reach for rule in RULES) <= LOOKBACK
 
 
 def test_the_context_is_bounded_and_ends_with_a_process_life(noisy: Window) -> None:

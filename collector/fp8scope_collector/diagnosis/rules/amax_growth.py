@@ -11,7 +11,7 @@ from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import before, largest, smallest
-from fp8scope_collector.diagnosis.window import Window, log2
+from fp8scope_collector.diagnosis.window import Bools, Floats, Window
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -23,24 +23,36 @@ def check(window: Window) -> Iterator[Finding]:
     process life are left out (warm-up). Trust: weights in four rows, inputs in four rows where they double within
     four, else slowly. Source: outliers that grow until FP8 diverges, arXiv 2409.12517 and 2505.20524.
     """
-    amax = log2(window["amax"])
-    rise = amax - before(amax, 1)
-    steepest = largest(np.nan_to_num(rise), 4)
-    of_weight = np.where(steepest < at.WEIGHT_JUMP_BITS, amax - before(amax, 4), np.nan)
-    steps = before(window.steps[None, :, None].astype(np.float64), 4)
-    too_fast = of_weight >= at.WEIGHT_GROWTH_BITS * (window.steps[None, :, None] - steps)
-    of_input = smallest(amax, 8) - before(largest(amax, 8), 64)
+    new = window.recent(0)
+    grown, rows = (np.full(new["amax"].shape, np.nan) for _ in range(2))
+    bad = np.zeros(grown.shape, dtype=bool)
+    for role, judged in ((Role.WEIGHT, _weights), (Role.INPUT, _inputs)):
+        which = window.of_role(role)
+        grown[..., which], rows[..., which], bad[..., which] = judged(window, which)
+    bad &= new.age >= at.SETTLED_ROWS
+    yield from findings(new, RULE.name, bad, grown, numbers={"bits": grown, "rows": rows, "amax": new["amax"]})
+
+
+def _weights(window: Window, which: Bools) -> tuple[Floats, float, Bools]:
+    """By how many bits the fresh rows of weights grew, within how many rows, and whether that is too fast."""
+    window = window.recent(4)
+    amax = window.amax_exp2[..., which]
+    steepest = largest(np.nan_to_num(amax - before(amax, 1)), 4)
+    grown = np.where(steepest < at.WEIGHT_JUMP_BITS, amax - before(amax, 4), np.nan)
+    steps = window.steps[None, :, None].astype(np.float64)
+    too_fast = grown >= at.WEIGHT_GROWTH_BITS * (steps - before(steps, 4))
+    return grown[:, window.fresh :], 4.0, too_fast[:, window.fresh :]
+
+
+def _inputs(window: Window, which: Bools) -> tuple[Floats, Floats, Bools]:
+    """The same of inputs, which double at once or slowly."""
+    amax = window.amax_exp2[..., which]
+    slowly = smallest(amax, 8) - before(largest(amax, 8), 64)
     above = smallest(amax, 4) - before(largest(amax, 32), 4)
     doubling = (above >= at.INPUT_DOUBLING_BITS) & (amax - before(amax, 3) >= at.INPUT_RISE_BITS)
-    settled = window.age >= at.SETTLED_ROWS
-    weight, tensor = window.of_role(Role.WEIGHT), window.of_role(Role.INPUT)
-    slowly = (window.age >= at.SETTLED_ROWS + 72) & (of_input >= at.INPUT_GROWTH_BITS)
-    bad = settled & ((weight & too_fast) | (tensor & (doubling | slowly)))
-    of_input = np.where(doubling, above, of_input)
-    grown = np.where(weight, of_weight, of_input)
-    rows = np.where(weight, 4.0, np.where(doubling, 36.0, 64.0))
-    numbers = {"bits": grown, "rows": np.broadcast_to(rows, grown.shape), "amax": window["amax"]}
-    yield from findings(window, RULE.name, bad, grown, numbers=numbers)
+    bad = doubling | ((slowly >= at.INPUT_GROWTH_BITS) & (window.age >= at.SETTLED_ROWS + 72))
+    grown, rows = np.where(doubling, above, slowly), np.where(doubling, 36.0, 64.0)
+    return grown[:, window.fresh :], rows[:, window.fresh :], bad[:, window.fresh :]
 
 
 RULE = Rule(
@@ -55,5 +67,6 @@ RULE = Rule(
     },
     changes={"weight": "for group in optimizer.param_groups: group['lr'] /= 10", "input": changes.BFLOAT16},
     evidence="amax grew by {bits:.1f} bits within {rows:.0f} rows, to {amax:.3g}",
+    reach=71,
     check=check,
 )

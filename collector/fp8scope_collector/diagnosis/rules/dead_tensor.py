@@ -38,5 +38,6 @@ RULE = Rule(
     },
     changes={"": changes.BFLOAT16},
     evidence="all {numel:.0f} elements are zero",
+    reach=3,
     check=check,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import mean
-from fp8scope_collector.diagnosis.window import Window, log2
+from fp8scope_collector.diagnosis.window import Ints, Window
+from fp8scope_collector.storage.readmodels import Slot
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -21,28 +23,34 @@ def check(window: Window) -> Iterator[Finding]:
     Info: it is usual, and says which layers deserve a recipe of their own. Trust: after 32 rows.
     Source: arXiv 2309.17224, figures 6 to 9: the first layer's inputs, the last layer's gradients.
     """
-    apart = np.full(window["amax"].shape, np.nan)
-    for members in _families(window):
-        level = mean(log2(window["amax"][..., members]), 16, at_least=8)
+    new = window.recent(0)
+    level = mean(window.amax_exp2, 16, at_least=8)[:, window.fresh :]
+    apart = np.full(level.shape, np.nan)
+    for families in _families(window.slots):
         with np.errstate(invalid="ignore"):
-            middle = np.median(level[..., 1:-1], axis=-1)
+            middle = np.median(level[..., families[:, 1:-1]], axis=-1)
         for end in (0, -1):
-            apart[..., members[end]] = level[..., end] - middle
+            apart[..., families[:, end]] = level[..., families[:, end]] - middle
     size = np.nan_to_num(np.abs(apart))
-    bad = (size >= at.DEPTH_BITS) & (window.age >= at.SETTLED_ROWS)
-    numbers = {"bits": apart, "scale_exp2": window.scale_exp2}
+    bad = (size >= at.DEPTH_BITS) & (new.age >= at.SETTLED_ROWS)
+    numbers = {"bits": apart, "scale_exp2": new.scale_exp2}
     still = size >= at.DEPTH_BITS - 1
-    yield from findings(window, RULE.name, bad, size, severity=Severity.INFO, still=still, numbers=numbers)
+    yield from findings(new, RULE.name, bad, size, severity=Severity.INFO, still=still, numbers=numbers)
 
 
-def _families(window: Window) -> Iterator[list[int]]:
-    """Slots of one kind over depth: the same role, names that differ in their first number only."""
+@lru_cache(maxsize=16)  # a run's windows have the same slots again and again
+def _families(slots: tuple[Slot, ...]) -> list[Ints]:
+    """Slots of one kind over depth: the same role, names that differ in their first number only.
+
+    Those of as many members are together, [families, members].
+    """
     families: dict[tuple[str, str], list[int]] = {}
-    for index, slot in enumerate(window.slots):
+    for index, slot in enumerate(slots):
         kind = re.sub(r"(^|\.)\d+(\.|$)", r"\1#\2", slot.layer, count=1)
         if kind != slot.layer:
             families.setdefault((kind, slot.role), []).append(index)
-    yield from (members for members in families.values() if len(members) >= 5)
+    sizes = {len(members) for members in families.values() if len(members) >= 5}
+    return [np.array([members for members in families.values() if len(members) == size]) for size in sorted(sizes)]
 
 
 RULE = Rule(
@@ -56,5 +64,6 @@ RULE = Rule(
     },
     changes={"ConstantScaling": changes.ITS_OWN_AMAX},
     evidence="{bits:+.1f} bits from the median of the layers between, scale 2^{scale_exp2:.1f}",
+    reach=15,
     check=check,
 )

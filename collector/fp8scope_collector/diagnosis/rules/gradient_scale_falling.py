@@ -11,7 +11,7 @@ from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import before, mean, smallest
-from fp8scope_collector.diagnosis.window import Window, log2
+from fp8scope_collector.diagnosis.window import Window
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -24,7 +24,7 @@ def check(window: Window) -> Iterator[Finding]:
     gradients = np.flatnonzero(window.of_role(Role.GRAD_OUTPUT))
     last = np.zeros(len(window.slots), dtype=bool)
     last[gradients[-max(1, gradients.size // 4) :]] = True
-    amax = log2(window["amax"])
+    amax = window.amax_exp2
     rise = np.full_like(amax, np.nan)
     late = amax[..., last]
     usual = before(mean(late, 32, at_least=16), at.GRADIENT_RISE_ROWS)
@@ -46,5 +46,6 @@ RULE = Rule(
     },
     changes={"": changes.CLIP_GRADIENTS},
     evidence="gradients {bits:.1f} bits above their usual size, scale 2^{scale_exp2:.1f}",
+    reach=35,
     check=check,
 )

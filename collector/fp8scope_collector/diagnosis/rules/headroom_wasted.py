@@ -39,5 +39,6 @@ RULE = Rule(
     },
     changes={"ConstantScaling": changes.ITS_OWN_AMAX, "": changes.SHORT_HISTORY},
     evidence="{headroom:.1f} bits of headroom at scale 2^{scale_exp2:.1f}",
+    reach=15,
     check=check,
 )

@@ -22,7 +22,7 @@ def check(window: Window) -> Iterator[Finding]:
     Trust: four rows after the value. Source: Transformer Engine's rules (a history of 1024 keeps a value 1024 casts).
     """
     lost = smallest(window.headroom, at.PINNED_ROWS) - window.margins
-    by_max = np.array([isinstance(r, DelayedScaling) and r.algo == "max" for r in window.recipes], dtype=bool)
+    by_max = window.of_recipe(lambda recipe: isinstance(recipe, DelayedScaling) and recipe.algo == "max") == 1
     pinned = (lost >= at.PINNED_BITS) & by_max
     fell = (before(window.scale_exp2, 1) - window.scale_exp2 >= at.PINNED_BY_BITS) & (window.age >= 3)
     bad = pinned & (counted(fell, 2 * at.PINNED_ROWS) > 0)
@@ -45,5 +45,6 @@ RULE = Rule(
     },
     changes={"": changes.SHORT_HISTORY},
     evidence="{lost:.1f} bits of the format's range unused at worst",
+    reach=8,
     check=check,
 )

@@ -50,5 +50,6 @@ RULE = Rule(
     },
     changes={"": changes.SKIP_STEP},
     evidence="the loss is not a finite number",
+    reach=7,
     check=check,
 )

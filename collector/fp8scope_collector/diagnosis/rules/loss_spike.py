@@ -10,7 +10,7 @@ from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.loss import losses
-from fp8scope_collector.diagnosis.window import Window, log2
+from fp8scope_collector.diagnosis.window import Window
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -41,7 +41,7 @@ def check(window: Window) -> Iterator[Finding]:
 
 def _moved(window: Window, row: int) -> str:
     """The tensors that moved most in the eight rows up to `row`, in words."""
-    amax = log2(window["amax"][:, max(0, row - 39) : row + 1])
+    amax = window.amax_exp2[:, max(0, row - 39) : row + 1]
     recent, usual = amax[:, -8:], amax[:, :-8]
     if usual.shape[1] < 8:
         return ""
@@ -70,5 +70,6 @@ RULE = Rule(
     },
     changes={"": changes.CLIP_GRADIENTS},
     evidence="loss {loss:.3f}, usually {usual:.3f}",
+    reach=39,
     check=check,
 )

@@ -33,5 +33,6 @@ RULE = Rule(
     },
     changes={"": changes.SKIP_STEP},
     evidence="{count:.0f} elements not finite at worst ({ratio:.2%})",
+    reach=0,
     check=check,
 )

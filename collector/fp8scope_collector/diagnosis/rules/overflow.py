@@ -54,5 +54,6 @@ RULE = Rule(
     },
     changes={"ConstantScaling": changes.ITS_OWN_AMAX, "DelayedScaling": changes.ITS_OWN_CURRENT},
     evidence="{ratio:.2%} of the elements clipped at worst, headroom {headroom:+.1f} bits",
+    reach=7,
     check=check,
 )

@@ -31,5 +31,6 @@ RULE = Rule(
     },
     changes={"": "fp8scope-agent status"},
     evidence="no row for at least 5 steps that others have",
+    reach=19,
     check=check,
 )

@@ -54,5 +54,6 @@ RULE = Rule(
     },
     changes={"": "attach(model, run=run, every=10)"},
     evidence="{missing:.0f} missing in a row at worst",
+    reach=65,
     check=check,
 )

@@ -33,5 +33,6 @@ RULE = Rule(
     },
     changes={"": "fp8scope-agent status"},
     evidence="nothing heard for {minutes:.0f} minutes",
+    reach=0,
     check=check,
 )

@@ -19,11 +19,11 @@ def check(window: Window) -> Iterator[Finding]:
     Two in a row. Critical where elements are clipped: the clamp binds on the wrong side.
     Trust: exact. Source: the clamp of 31 in the code of arXiv 2309.17224, which a small GPT's gradients reach.
     """
-    clamps = [recipe.clamp if isinstance(recipe, AmaxScaling) else MAX_SCALE_EXP2 for recipe in window.recipes]
+    clamps = window.of_recipe(lambda recipe: recipe.clamp if isinstance(recipe, AmaxScaling) else MAX_SCALE_EXP2)
     excess = window.headroom - window.margins
     missed = (excess < 0) | (excess > 1)
     scaled = window.under(AmaxScaling, CurrentScaling, DelayedScaling)
-    held = (np.abs(window.scale_exp2) >= np.array(clamps)) & missed & scaled
+    held = (np.abs(window.scale_exp2) >= clamps) & missed & scaled
     severity = np.where(window["overflow"] > 0, Severity.CRITICAL, Severity.WARNING)
     numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom, "missing": excess}
     yield from findings(
@@ -43,5 +43,6 @@ RULE = Rule(
     },
     changes={"AmaxScaling": changes.its_own("recipe=AmaxScaling(clamp=126)")},
     evidence="scale 2^{scale_exp2:.0f}, {missing:+.1f} bits from what the recipe would leave",
+    reach=1,
     check=check,
 )

@@ -41,5 +41,6 @@ RULE = Rule(
     },
     changes={"": changes.BFLOAT16},
     evidence="{moves:.0f} moves within 16 rows, up to {bits:.1f} bits",
+    reach=16,
     check=check,
 )

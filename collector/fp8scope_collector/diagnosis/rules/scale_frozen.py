@@ -12,7 +12,7 @@ from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
 from fp8scope_collector.diagnosis.rolling import all_of_last, before, largest
-from fp8scope_collector.diagnosis.window import Bools, Floats, Window
+from fp8scope_collector.diagnosis.window import Bools, Window
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -25,14 +25,17 @@ def check(window: Window) -> Iterator[Finding]:
     Trust: exact arithmetic of the recipe; with rows that are further apart than a sixteenth of the history the delayed
     half is not judged. Source: a failure known of Transformer Engine (a scale that stayed 1 from the start).
     """
-    scale, amax = window["scale_min"], window["amax"]
+    forgotten = _forgotten(window)
+    window = window.recent(4)
+    forgotten = forgotten[:, forgotten.shape[1] - window.steps.size :]
+    scale = window["scale_min"]
     with np.errstate(invalid="ignore"):
         same = (scale == before(scale, 1)) & (scale == window["scale_max"])
     excess = window.headroom - window.margins
     off = np.abs(np.where(excess > 0, np.maximum(excess - at.FROZEN_BITS, 0), excess)) > at.FROZEN_BITS
     stale = same & off & window.under(AmaxScaling, CurrentScaling) & ~_clamped(window)
     initial = (scale == 1) & off & window.under(DelayedScaling) & (window.age >= 1)
-    still = stale | initial | (same & (_unheeded(window, amax) | _forgotten(window, amax)))
+    still = stale | initial | (same & (_unheeded(window) | forgotten))
     bad = all_of_last(still, at.FROZEN_ROWS)
     worst = np.abs(np.nan_to_num(excess))
     numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom}
@@ -41,37 +44,39 @@ def check(window: Window) -> Iterator[Finding]:
     )
 
 
-def _unheeded(window: Window, amax: Floats) -> Bools:
+def _unheeded(window: Window) -> Bools:
     """Whether the scale is higher than the amax of the row before allows under delayed scaling."""
-    remembered = np.array([r.history_len if isinstance(r, DelayedScaling) else 0 for r in window.recipes])
+    remembered = window.of_recipe(lambda recipe: recipe.history_len if isinstance(recipe, DelayedScaling) else 0)
     distance = np.diff(window.steps, prepend=window.steps[:1])[None, :, None]
     tolerance = np.full(len(window.slots), at.REACTION)
     if len(window.ranks) > 1:
         tolerance[~window.of_role(Role.WEIGHT)] = at.REACTION_OF_RANKS
     with np.errstate(invalid="ignore", divide="ignore"):
         allowed = window.largest * 2.0**-window.margins / window["scale_min"]
-        higher: Bools = before(amax, 1) > allowed * tolerance
+        higher: Bools = before(window["amax"], 1) > allowed * tolerance
     return higher & (remembered >= 16 * distance)
 
 
-def _forgotten(window: Window, amax: Floats) -> Bools:
+def _forgotten(window: Window) -> Bools:
     """Whether the scale is lower than everything of the last 64 rows, none left out, would make it.
 
     Judged where a history of at most 64 casts cannot reach further back.
     """
-    short = [isinstance(r, DelayedScaling) and r.history_len <= 64 for r in window.recipes]
-    alone = window.of_role(Role.WEIGHT) | (len(window.ranks) == 1)
+    short = window.of_recipe(lambda recipe: isinstance(recipe, DelayedScaling) and recipe.history_len <= 64) == 1
+    which = short & (window.of_role(Role.WEIGHT) | (len(window.ranks) == 1))
+    amax, scale = (window[name][..., which] for name in ("amax", "scale_min"))
     distance = np.diff(window.steps, prepend=window.steps[:1] - 1)[None, :, None]
     unbroken = all_of_last((amax > 0) & (distance == 1), 64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        remembered = window.largest * 2.0**-window.margins / window["scale_min"]
+        remembered = (window.largest * 2.0**-window.margins)[which] / scale
         lower = remembered > before(largest(amax, 64), 1) * at.REACTION
-    forgotten: Bools = lower & (before(unbroken.astype(np.float64), 1) == 1) & np.array(short) & alone
+    forgotten = np.zeros(window["amax"].shape, dtype=bool)
+    forgotten[..., which] = lower & (before(unbroken.astype(np.float64), 1) == 1)
     return forgotten
 
 
 def _clamped(window: Window) -> Bools:
-    clamp = np.array([r.clamp if isinstance(r, AmaxScaling) else 127 for r in window.recipes])
+    clamp = window.of_recipe(lambda recipe: recipe.clamp if isinstance(recipe, AmaxScaling) else 127)
     at_clamp: Bools = np.abs(window.scale_exp2) >= clamp
     return at_clamp
 
@@ -89,5 +94,6 @@ RULE = Rule(
     },
     changes={"DelayedScaling": changes.ITS_OWN_CURRENT},
     evidence="scale 2^{scale_exp2:.1f} unchanged, headroom {headroom:+.1f} bits",
+    reach=68,
     check=check,
 )

@@ -10,7 +10,7 @@ from fp8core.records import Role
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, findings
 from fp8scope_collector.diagnosis.rolling import mean
-from fp8scope_collector.diagnosis.window import Window, log2
+from fp8scope_collector.diagnosis.window import Window
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -22,7 +22,7 @@ def check(window: Window) -> Iterator[Finding]:
     """
     if len(window.ranks) < 2:
         return
-    level = mean(log2(window["amax"]), 16, at_least=16)
+    level = mean(window.amax_exp2, 16, at_least=16)
     low, high = np.where(np.isnan(level), np.inf, level), np.where(np.isnan(level), -np.inf, level)
     spread = np.maximum(high.max(axis=0) - low.min(axis=0), 0.0)[None]
     limit = np.where(window.of_role(Role.GRAD_OUTPUT), at.SPLIT_BITS_GRAD, at.SPLIT_BITS_INPUT)
@@ -42,5 +42,6 @@ RULE = Rule(
         "different experts or parts of a sequence need nothing.",
     },
     evidence="rank {high:.0f} is {bits:.1f} bits above rank {low:.0f}",
+    reach=15,
     check=check,
 )

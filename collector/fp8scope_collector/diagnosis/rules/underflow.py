@@ -53,5 +53,6 @@ RULE = Rule(
         "": changes.its_own("fmt=E5M2"),
     },
     evidence="{ratio:.1%} of the non-zero elements lost at worst, headroom {headroom:+.1f} bits",
+    reach=2,
     check=check,
 )

@@ -41,5 +41,6 @@ RULE = Rule(
         "stands out is corruption, all of it is the optimizer. Resume from before the step.",
     },
     evidence="amax moved by {bits:+.1f} bits in one step, to {amax:.3g}",
+    reach=1,
     check=check,
 )

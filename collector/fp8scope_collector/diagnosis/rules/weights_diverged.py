@@ -47,5 +47,6 @@ RULE = Rule(
     },
     changes={"": "for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, src=0)"},
     evidence="amax from {low:.6g} to {high:.6g} over ranks",
+    reach=6,
     check=check,
 )
