@@ -33,10 +33,11 @@ from fp8scope_collector.storage.reader import (
     SystemState,
     Worst,
 )
-from fp8scope_dashboard.charts import panels, tensor
+from fp8scope_dashboard.charts import overview, panels, tensor
 from fp8scope_dashboard.charts.compare import Divergence, aligned, divergence
 from fp8scope_dashboard.collector import Service, ask
 
+Matrix = overview.Matrix
 _LATE_STEPS = 32  # a rank that is later than that is seen a minute later
 _SIDES = ("low", "high")
 _NONE = np.empty(0)
@@ -96,7 +97,7 @@ def worst(_url: str, run_id: int, rows: int) -> tuple[Worst, str] | None:
     """The tensor with the largest share of NaN and Inf in the newest steps, or of overflow; None: there is neither."""
     kinds: tuple[tuple[Quantity, str], ...] = (("nonfinite", "NaN or Inf"), ("overflow", "overflow"))
     for quantity, name in kinds:
-        if found := reader().top(run_id, last_steps=50, limit=1, by=quantity):
+        if found := reader().top(run_id, last_steps=64, limit=1, by=quantity):
             return found[0], name
     return None
 
@@ -298,7 +299,16 @@ class LiveHeatMaps:
     progress: Progress | None = None
     _maps: list[HeatMap] = field(default_factory=list)
     _read_at: float = 0.0
+    _medians: tuple[int, Matrix] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def medians(self, heatmap: HeatMap) -> Matrix:
+        """Each row's median of the scale, kept until there are a tenth more columns, so that old columns stay."""
+        columns = heatmap.low.shape[1]
+        known = self._medians
+        if known is None or not known[0] <= columns <= 1.1 * known[0]:
+            known = self._medians = (columns, overview.median(heatmap.low))
+        return known[1]
 
     def read(self) -> dict[Quantity, HeatMap]:
         """The maps as they are now, at most half a second old; none before the first row."""
@@ -318,6 +328,7 @@ class LiveHeatMaps:
             width, first_column = self._maps[0].width, self._maps[0].first_column
             whole = end // width - first_column + 1 > panels.MAX_COLUMNS
         if whole:
+            self._medians = None
             self._maps = source.heatmaps(
                 self.run_id, self.quantities, first_step=self.first_step, last_step=end, max_columns=panels.MAX_COLUMNS
             )

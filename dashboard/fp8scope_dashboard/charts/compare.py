@@ -108,8 +108,8 @@ def said(quantity: str, value: float) -> str:
     return text.share(0.0 if value <= math.log10(_SMALLEST_SHARE) else 10.0**value)
 
 
-def difference_map(pair: Aligned, heatmap: HeatMap, first_step: int, last_step: int) -> tuple[theme.Figure, int]:
-    """The difference as a heat map with the run page's rows: none where the runs agree, warm and cold where not."""
+def difference(pair: Aligned) -> overview.Shown:
+    """The difference as a heat map's colours: none where the runs agree, warm and cold where not."""
     values = pair.difference
     unit = UNITS.get(pair.quantity, "powers of ten")
     size = 2.0
@@ -117,7 +117,7 @@ def difference_map(pair: Aligned, heatmap: HeatMap, first_step: int, last_step: 
         size = max(2.0 * threshold(pair.quantity), math.ceil(float(np.nanquantile(np.abs(values), 0.98))))
     marks = np.unique(np.linspace(-size, size, 5).round())
     ticks = [(float(mark), f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
-    shown = overview.Shown(
+    return overview.Shown(
         exact=values,
         reference=None,
         scale={"$theme": {name: theme.scale(shades) for name, shades in theme.DIVERGING.items()}},
@@ -127,14 +127,21 @@ def difference_map(pair: Aligned, heatmap: HeatMap, first_step: int, last_step: 
         title=f"{_NAMES.get(pair.quantity, pair.quantity)}, difference in {unit}",
         per=200,
         lines=[{"name": "difference", "format": "change"}],
+        worse="far",
     )
+
+
+def difference_map(
+    pair: Aligned, shown: overview.Shown, heatmap: HeatMap, first_step: int, last_step: int
+) -> tuple[theme.Figure, int]:
+    """The difference with the run page's rows."""
     columns = replace(
         heatmap,
         width=pair.width,
         first_column=pair.first_column,
         slots=np.arange(len(pair.slots)),
-        low=values,
-        high=values,
+        low=shown.exact,
+        high=shown.exact,
     )
     return overview.overview(columns, pair.slots, [], first_step, last_step, shown=shown)
 

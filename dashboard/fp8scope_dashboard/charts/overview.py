@@ -2,7 +2,8 @@
 
 Each quantity says what its colour means: shares on a log scale that begins at the smallest share seen (exact zeros have
 the colour of the ground), headroom relative to the recipe's margin, the scale relative to its median over the steps
-shown, so that a tensor that behaves as it always did has no colour.
+shown, so that a tensor that behaves as it always did has no colour. A model with more layers than there are pixels has
+several layers in a row, whose colour is the worst one's: as with columns of several steps, no extreme is lost.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, Scalar, Slot
 from fp8scope_dashboard import text, theme
-from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, layer_axis, with_gaps
+from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, layer_axis, together, with_gaps
 
 Matrix = npt.NDArray[np.float64]
 
@@ -43,14 +44,23 @@ WORDS: dict[str, tuple[str, str]] = {  # what the pointer calls it, and how it w
     "sqnr_db": ("SQNR", "db"),
     "spread": ("spread", "bits"),
 }
+AGAINST: dict[str, tuple[str, str]] = {  # the same where only the distance from what is usual is known
+    "scale_exp2": ("vs median", "change"),
+    "headroom": ("vs margin", "change"),
+    "sqnr_db": ("vs usual", "change"),
+}
 MAX_SCALARS = 3
+_FACETS_PX = 640  # of all roles together, where there are many layers
 _MEDIAN_COLUMNS, _QUANTILE_VALUES = 128, 20_000
 MISSING, ZERO = -32768, -32767  # as panel.js reads fixed-point numbers
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A heat map made ready for the eye: coloured is `exact` less each row's `reference`; the pointer reads both."""
+    """A heat map made ready for the eye: coloured is `exact` less each row's `reference`; the pointer reads both.
+
+    `worse` says which of several layers in one row counts: the one with the higher, the lower, or the farther colour.
+    """
 
     exact: Matrix
     reference: Matrix | None
@@ -61,6 +71,11 @@ class Shown:
     title: str = ""
     per: int = 200  # the fixed-point unit that travels is 1/per
     lines: list[dict[str, Any]] = field(default_factory=list)  # what the pointer says
+    worse: Literal["high", "low", "far"] = "high"
+
+    def of(self, rows: Sequence[int]) -> Matrix:
+        """What the colour of these rows stands for."""
+        return self.exact[rows] if self.reference is None else self.exact[rows] - self.reference[rows]
 
 
 def overview(
@@ -73,12 +88,10 @@ def overview(
     shown: Shown | None = None,
 ) -> tuple[theme.Figure, int]:
     """The figure and its height in px; `slots` are the rows to show, in model order, `shown` what to colour."""
-    shown = shown or _worded(heatmap, ready(heatmap, np.searchsorted(heatmap.slots, [s.slot for s in slots]), slots))
-    roles = [role for role in Role if any(slot.role == role for slot in slots)]
-    per_role = max(sum(slot.role == role for slot in slots) for role in roles)
-    facet_px = float(
-        np.clip(per_role * (12.5 if len(roles) == 1 else 4.4), 70 if per_role < 8 else 150, 640 / len(roles) + 60)
-    )
+    shown = shown or made_ready(heatmap, slots)
+    roles, per_role = _rows(slots)
+    facet_px = float(np.clip(per_role * (12.5 if len(roles) == 1 else 4.4), *_facet_px(len(roles), per_role)))
+    each = layers_a_row(slots)
     row_px = facet_px / per_role
     axis, boundaries, left = layer_axis([slot for slot in slots if slot.role == roles[0]], row_px)
     lines = list(by_importance(scalars))[:MAX_SCALARS]
@@ -97,9 +110,8 @@ def overview(
         low, high = stack.take(facet_px, 26 if i + 1 < len(roles) else 0)
         heat_top = high if i == 0 else heat_top
         chosen = [j for j, slot in enumerate(slots) if slot.role == role]
-        _add_facet(
-            traces, layout, heatmap, [slots[j] for j in chosen], shown, chosen, number, (low, high), axis, facet_px
-        )
+        mine = [slots[j] for j in chosen]
+        _add_facet(traces, layout, heatmap, mine, shown, chosen, number, (low, high), axis, facet_px, each)
         for boundary in boundaries:
             layout["shapes"].append(_boundary(boundary, number))
         heat_bottom = low
@@ -127,8 +139,48 @@ def overview(
     return {"traces": traces, "layout": layout}, height
 
 
-def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) -> Shown:
-    """What is coloured and how, for the given rows."""
+def layers_a_row(slots: Sequence[Slot]) -> int:
+    """How many layers share a row, so that each row has a pixel."""
+    roles, per_role = _rows(slots)
+    return math.ceil(per_role / _facet_px(len(roles), per_role)[1])
+
+
+def clicked(shown: Shown, slots: Sequence[Slot], number: int, column: int) -> Slot | None:
+    """The slot that a click on the row of slot `number` means: of several layers the worst in that column."""
+    here = next((slot for slot in slots if slot.slot == number), None)
+    if here is None:
+        return None
+    mine = [i for i, slot in enumerate(slots) if slot.role == here.role]
+    each = layers_a_row(slots)
+    first = mine.index(slots.index(here)) // each * each
+    row = mine[first : first + each]
+    if not 0 <= column < shown.exact.shape[1]:
+        return here
+    values = shown.of(row)[:, column]
+    badness = {"high": values, "low": -values, "far": np.abs(values)}[shown.worse]
+    return slots[row[int(np.argmax(np.where(np.isnan(badness), -np.inf, badness)))]]
+
+
+def _rows(slots: Sequence[Slot]) -> tuple[list[Role], int]:
+    """The roles that there are, and how many slots the largest has."""
+    counts = {role: sum(slot.role == role for slot in slots) for role in Role}
+    return [role for role, count in counts.items() if count], max(counts.values())
+
+
+def _facet_px(roles: int, per_role: int) -> tuple[float, float]:
+    """The least and the greatest height of a facet."""
+    return 70 if per_role < 8 else 150, _FACETS_PX / roles + 70
+
+
+def made_ready(heatmap: HeatMap, slots: Sequence[Slot], medians: Matrix | None = None) -> Shown:
+    """What is coloured and how, in words; `medians` as `ready`."""
+    return _worded(heatmap, ready(heatmap, np.searchsorted(heatmap.slots, [s.slot for s in slots]), slots, medians))
+
+
+def ready(
+    heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], medians: Matrix | None = None
+) -> Shown:
+    """What is coloured and how, for the given rows; `medians` are those of all rows of the map where they are known."""
     quantity: str = heatmap.quantity
     low, high = heatmap.low[rows], heatmap.high[rows]
     if quantity in SHARES:
@@ -136,11 +188,11 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) 
     if quantity == "headroom":
         margins = np.array([slot.margin for slot in slots], dtype=np.float64)[:, None]
         ticks = [(-6.0, "−6"), (-4.0, "−4"), (-2.0, "−2"), (0.0, "margin"), (2.0, "+2"), (4.0, "+4"), (6.0, "+6")]
-        return Shown(low, margins, _maps(theme.HEADROOM), -6, 6, ticks)
+        return Shown(low, margins, _maps(theme.HEADROOM), -6, 6, ticks, worse="low")
     if quantity == "sqnr_db":
         usual = np.array([USUAL_SQNR_DB.get(slot.format, np.nan) for slot in slots])[:, None]
         ticks = [(-12.0, "−12"), (-8.0, "−8"), (-4.0, "−4"), (0.0, "usual"), (4.0, "+4"), (8.0, "+8"), (12.0, "+12")]
-        return Shown(low, usual, _maps(theme.HEADROOM), -12, 12, ticks)
+        return Shown(low, usual, _maps(theme.HEADROOM), -12, 12, ticks, worse="low")
     if quantity == "spread":
         top = max(2.0, math.ceil(float(np.nanmax(high)))) if np.isfinite(high).any() else 2.0
         ends = np.unique(np.linspace(0, top, 5).round())
@@ -153,13 +205,13 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot]) 
         marks = np.unique(np.linspace(bottom, top, 6).round())
         maps = _maps({"light": theme.CIVIDIS, "dark": theme.CIVIDIS})
         return Shown(z, None, maps, bottom, top, [(mark, text.exp2(mark)) for mark in marks])
-    reference = _median(low)
+    reference = median(low) if medians is None else medians[rows]
     farther = np.where(np.abs(high - reference) >= np.abs(low - reference), high, low)
     change = farther - reference
     size = max(2.0, math.ceil(_quantile(np.abs(change), 0.99))) if np.isfinite(change).any() else 2.0
     marks = np.unique(np.linspace(-size, size, 5).round())
     words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
-    return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words)
+    return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words, worse="far")
 
 
 def _worded(heatmap: HeatMap, shown: Shown) -> Shown:
@@ -240,11 +292,22 @@ def _add_facet(
     domain: tuple[float, float],
     axis: dict[str, Any],
     height_px: float,
+    each: int,
 ) -> None:
-    exact = fixed(shown.exact[rows], shown.per)
-    z: dict[str, Any] = {"$fixed": exact, "per": shown.per}
-    if shown.reference is not None:  # the browser subtracts: one matrix travels, not two
-        z["rows"] = shown.reference[rows, 0].tolist()
+    about: dict[str, Any] = {"role": slots[0].role.value, "width": heatmap.width, "per": shown.per}
+    z: dict[str, Any] = {"per": shown.per}
+    if each == 1:
+        z["$fixed"] = about["values"] = fixed(shown.exact[rows], shown.per)
+        if shown.reference is not None:  # the browser subtracts: one matrix travels, not two
+            z["rows"] = shown.reference[rows, 0].tolist()
+        about |= {"lines": shown.lines, "names": [slot.layer for slot in slots]}
+    else:
+        z["$fixed"] = about["values"] = fixed(_worst_of(shown.of(rows), each, shown.worse), shown.per)
+        words = AGAINST.get(heatmap.quantity) if shown.reference is not None else None
+        lines = [{"name": words[0], "format": words[1]}] if words else shown.lines
+        groups = [slots[i : i + each] for i in range(0, len(slots), each)]
+        about |= {"lines": lines, "names": [together([slot.layer for slot in group]) for group in groups]}
+    about["slots"] = [slot.slot for slot in slots[::each]]
     role = slots[0].role
     kinds = sorted({(slot.format, slot.margin) for slot in slots})
     traces.append(
@@ -253,20 +316,12 @@ def _add_facet(
             "xaxis": "x",
             "yaxis": _axis("y", number),
             "x": heatmap.steps + (heatmap.width - 1) / 2,
-            "y": np.arange(len(slots)),
+            "y": np.arange(len(about["slots"])) * np.float32(each) + np.float32(each - 1) / 2,  # rows are layers
             "z": z,
             "coloraxis": "coloraxis",
             "hoverinfo": "none",
             "hoverongaps": False,
-            "about": {
-                "names": [slot.layer for slot in slots],
-                "slots": [slot.slot for slot in slots],
-                "role": role.value,
-                "width": heatmap.width,
-                "values": exact,
-                "per": shown.per,
-                "lines": shown.lines,
-            },
+            "about": about,
         }
     )
     layout[_axis("yaxis", number)] = axis | {
@@ -295,6 +350,18 @@ def _add_facet(
     kind = ", ".join(f"{form or 'format unknown'}, margin {margin}" for form, margin in kinds)
     title = f"<b>{role.value}</b>  <span style='font-size:10px'>{kind}</span>"
     layout["annotations"].append(theme.label(title, domain[1], color=theme.ROLE_COLOR[role]))
+
+
+def _worst_of(values: Matrix, each: int, worse: str) -> Matrix:
+    """Rows of `each` layers, the worst of them in each column; NaN where nothing is recorded of any."""
+    rows = -(-len(values) // each)
+    whole = np.full((rows * each, values.shape[1]), np.nan)
+    whole[: len(values)] = values
+    groups = whole.reshape(rows, each, -1)
+    high, low = np.fmax.reduce(groups, axis=1), np.fmin.reduce(groups, axis=1)
+    if worse == "far":
+        return np.where(np.abs(high) >= np.abs(low), high, low)
+    return np.asarray(high if worse == "high" else low)
 
 
 def _boundary(y: float, number: int) -> dict[str, Any]:
@@ -333,7 +400,7 @@ def by_importance(scalars: Sequence[Scalar]) -> list[Scalar]:
     return sorted(scalars, key=rank)
 
 
-def _median(values: Matrix) -> Matrix:
+def median(values: Matrix) -> Matrix:
     """Each row's median in whole powers of two, as a column; 0 where nothing is recorded."""
     if not values.shape[1]:
         return np.zeros((len(values), 1))

@@ -54,6 +54,14 @@ def blocks_of(layers: Sequence[str]) -> list[tuple[str, list[str]]]:
     return blocks
 
 
+def together(layers: Sequence[str]) -> str:
+    """Consecutive layers as one name: what they share of a block is said once, of many only the ends."""
+    (block, leaves), *others = blocks_of(layers)
+    names = [f"{block}.{leaf}" if leaf else block for leaf in leaves[:1]] + leaves[1:]
+    names += [f"{block}.{leaf}" if leaf else block for block, leaves in others for leaf in leaves]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]}"
+
+
 def layer_axis(slots: Sequence[Slot], row_px: float) -> tuple[dict[str, Any], list[float], int]:
     """Ticks of an axis whose rows are layers, the boundaries between blocks, and the width of the labels in px.
 
@@ -61,14 +69,15 @@ def layer_axis(slots: Sequence[Slot], row_px: float) -> tuple[dict[str, Any], li
     """
     blocks = blocks_of([slot.layer for slot in slots])
     starts = np.cumsum([0] + [len(leaves) for _, leaves in blocks])
-    boundaries = [float(start) - 0.5 for start in starts[1:-1]]
+    block_px = row_px * len(slots) / len(blocks)
+    boundaries = [float(start) - 0.5 for start in starts[1:-1]] if block_px >= 6 else []  # else they hide the rows
     if row_px >= 10.5:
         names = []
         for block, leaves in blocks:
             names += [f"{block} │ {leaf}" if i == 0 and leaf else leaf or block for i, leaf in enumerate(leaves)]
         positions = [float(row) for row in range(len(slots))]
     else:
-        each = max(1, int(np.ceil(12 / (row_px * len(slots) / len(blocks)))))
+        each = max(1, int(np.ceil(12 / block_px)))
         chosen = range(0, len(blocks), each)
         names = [blocks[i][0] for i in chosen]
         positions = [float(starts[i] + starts[i + 1] - 1) / 2 for i in chosen]

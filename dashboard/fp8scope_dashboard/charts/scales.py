@@ -17,10 +17,11 @@ import numpy.typing as npt
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, Slot
 from fp8scope_dashboard import text, theme
-from fp8scope_dashboard.charts.panels import blocks_of
+from fp8scope_dashboard.charts.panels import blocks_of, flat_where_missing
 
 Matrix = npt.NDArray[np.float64]
 MOST_TYPES = 8
+MOST_LINES = 24  # of one panel; of more layers the spread is drawn
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "circle-open", "square-open", "diamond-open", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "solid", "dash", "dot", "dashdot")
 
@@ -68,7 +69,7 @@ def over_depth(heatmap: HeatMap, found: Sequence[Place]) -> tuple[theme.Figure, 
         low, high = _columns(i, len(roles))
         for j, kind in enumerate(kinds):
             mine = [place for place in found if place.slot.role == role and place.kind == kind]
-            y = np.array([mode(heatmap.high[place.row]) for place in mine])
+            y = modes(heatmap.high[[place.row for place in mine]])
             traces.append(
                 {
                     "type": "scatter",
@@ -106,7 +107,10 @@ def legend(found: Sequence[Place]) -> list[str]:
 
 
 def over_steps(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_step: int) -> tuple[theme.Figure, int]:
-    """The scale of every layer over steps, faceted by type and role; the first and last blocks stand out (Figs 7-9)."""
+    """The scale of every layer over steps, faceted by type and role; the first and last blocks stand out (Figs 7-9).
+
+    Of more than MOST_LINES layers, those between are two bands: from the lowest to the highest, and the middle half.
+    """
     kinds, roles = kinds_of(found), _roles(found)
     row, gap, top, bottom = 108, 14, 24, 40
     height = top + bottom + len(kinds) * row + (len(kinds) - 1) * gap
@@ -123,6 +127,9 @@ def over_steps(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_s
             number = i * len(kinds) + j
             up = 1 - (row + gap) * j / inside
             mine = [place for place in found if place.slot.role == role and place.kind == kind]
+            if len(mine) > MOST_LINES:
+                traces += _bands(heatmap.high[[place.row for place in mine]], x, _axis("x", i), _axis("y", number))
+                mine = [place for place in mine if place.depth in (0, deepest)]
             for place in sorted(mine, key=lambda place: place.depth in (0, deepest)):
                 traces.append(_line(heatmap, place, deepest, x, _axis("x", i), _axis("y", number), role))
             layout[_axis("yaxis", number)] = theme.value_axis(up - row / inside, up, anchor=_axis("x", i), **ticks)
@@ -178,7 +185,6 @@ def per_step(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_ste
                 },
             }
         )
-        modes = np.array([mode(values[:, c]) for c in range(values.shape[1])])
         traces.append(
             {
                 "type": "scatter",
@@ -186,7 +192,7 @@ def per_step(heatmap: HeatMap, found: Sequence[Place], first_step: int, last_ste
                 "xaxis": _axis("x", i),
                 "yaxis": _axis("y", i),
                 "x": x,
-                "y": modes.astype(np.float32),
+                "y": modes(values.T).astype(np.float32),
                 "line": {"width": 1.3, "color": "$text", "shape": "hvh"},
                 "hoverinfo": "skip",
             }
@@ -278,12 +284,12 @@ def summaries(heatmap: HeatMap, found: Sequence[Place]) -> list[Summary]:
                 continue
             moved = np.abs(np.diff(values, axis=1)) >= 1
             known = np.isfinite(np.diff(values, axis=1)).sum()
-            of_block = {place.depth: mode(values[i]) for i, place in enumerate(mine)}
+            of_block = dict(zip((place.depth for place in mine), modes(values).tolist(), strict=True))
             rows.append(
                 Summary(
                     kind,
                     role,
-                    mode(values.ravel()),
+                    float(modes(values.reshape(1, -1))[0]),
                     of_block.get(0, np.nan),
                     of_block.get(deepest, np.nan),
                     float(np.nanmin(values)),
@@ -294,10 +300,38 @@ def summaries(heatmap: HeatMap, found: Sequence[Place]) -> list[Summary]:
     return rows
 
 
-def mode(values: Matrix) -> float:
-    """The whole power of two that occurs most, of equally frequent ones the smallest; NaN where nothing is recorded."""
-    whole, counts = np.unique(np.round(values[np.isfinite(values)]), return_counts=True)
-    return float(whole[np.argmax(counts)]) if whole.size else float("nan")
+def modes(values: Matrix) -> Matrix:
+    """Each row's whole power of two that occurs most, of equally frequent ones the smallest; NaN: nothing recorded."""
+    there = np.isfinite(values)
+    if not there.any():
+        return np.full(len(values), np.nan)
+    whole = np.round(values[there]).astype(np.int64)
+    lowest, span = int(whole.min()), int(np.ptp(whole)) + 1
+    row = np.nonzero(there)[0]
+    counts = np.bincount(row * span + whole - lowest, minlength=len(values) * span).reshape(-1, span)
+    return np.where(there.any(axis=1), counts.argmax(axis=1) + np.float64(lowest), np.nan)
+
+
+def _bands(values: Matrix, x: Matrix, xaxis: str, yaxis: str) -> list[dict[str, Any]]:
+    """Many layers at each column: the band from the lowest to the highest, within it that of the middle half."""
+    ordered = np.sort(values, axis=0)  # NaN last
+    known = np.isfinite(ordered).sum(axis=0)
+    edges = [
+        np.where(known > 0, np.take_along_axis(ordered, np.round(part * np.maximum(known - 1, 0))[None].astype(int), 0)[0], np.nan)
+        for part in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    line = {"type": "scatter", "mode": "lines", "xaxis": xaxis, "yaxis": yaxis, "x": x, "hoverinfo": "none"}
+    none = {"width": 0, "shape": "hvh"}
+    low, quarter, middle, three_quarters, high = (edge.astype(np.float32) for edge in flat_where_missing(*edges))
+    about = [{"about": {"name": name, "format": "exp2"}} for name in ("lowest", "1/4", "median", "3/4", "highest")]
+    pale, strong = {"fill": "tonexty", "fillcolor": "$spread2"}, {"fill": "tonexty", "fillcolor": "$spread"}
+    return [
+        line | about[0] | {"y": low, "line": none},
+        line | about[1] | pale | {"y": quarter, "line": none},
+        line | about[3] | strong | {"y": three_quarters, "line": none},
+        line | about[4] | pale | {"y": high, "line": none},
+        line | about[2] | {"y": middle, "line": {"width": 0.8, "color": "$muted", "shape": "hvh"}},
+    ]
 
 
 def _line(

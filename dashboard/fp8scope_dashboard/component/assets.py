@@ -66,6 +66,12 @@ def prepare() -> None:
     addresses()
 
 
+def preload() -> str:
+    """The value of a Link header that has browsers fetch the files before any code asks for them."""
+    kinds = {"panel.js": "modulepreload", "panel.css": "preload; as=style", "plotly.js": "preload; as=script"}
+    return ", ".join(f"<{address}>; rel={kinds[name]}" for name, address in addresses().items())
+
+
 def loader() -> str:
     """What Streamlit sends as the component: it imports the code once and hands each call on."""
     return (

@@ -10,6 +10,7 @@ const states = new WeakMap();
 // Called for each message; the answer is what to do when the component goes away.
 export async function mount(component, assets) {
   const { data, parentElement } = component;
+  warmUp(assets["plotly.js"]);
   await style(assets["panel.css"]);
   let state = states.get(parentElement);
   if (!state) {
@@ -538,6 +539,16 @@ function style(url) {
     document.head.append(sheet);
   });
   return styled;
+}
+
+// Plotly takes a while to start: at once where a chart will follow, else once there is nothing better to do.
+let warm = false;
+function warmUp(url) {
+  if (warm) return;
+  warm = true;
+  const start = () => plotly(url).catch(() => {});  // who draws asks again
+  if (/[?&](run|view=compare)/.test(window.location.search)) start();
+  else setTimeout(start, 1500);
 }
 
 let loading = null;

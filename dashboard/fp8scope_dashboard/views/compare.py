@@ -204,10 +204,12 @@ def _difference(
         queries.database_url(), one.id, (where.quantity,), shell.steps_of(where, one)[0], where.last_step
     )
     panel.title("difference title", f"{other.ref} less {one.ref}", "click: the tensor below, in all runs")
-    figure, height = compare.difference_map(pair, live.read()[where.quantity], first, last)
+    shown = compare.difference(pair)
+    figure, height = compare.difference_map(pair, shown, live.read()[where.quantity], first, last)
     event = panel.chart("difference", figure, height=height, view=explicit, clickable=True, files={})
     if isinstance(event, panel.Click):
-        if slot := next((slot for slot in pair.slots if slot.slot == event.slot), None):
+        column = event.step // pair.width - pair.first_column
+        if slot := overview.clicked(shown, pair.slots, event.slot, column):
             shell.go(replace(where, layer=slot.layer, role=slot.role, step=event.step))
     else:
         _follow(where, [one, other], event)

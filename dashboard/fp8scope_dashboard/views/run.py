@@ -43,20 +43,21 @@ def view() -> None:
     run = shell.pick_run(where)
     if run is None:
         return
-    st.fragment(shell.guarded(_header), run_every=shell.live(run))(where)
+    st.fragment(shell.guarded(_top), run_every=shell.live(run))(where)
     if run.first_step is None:
         age = text.duration((time.time_ns() - run.last_seen_unix_ns) / 1e9)
         st.info(f"This run has no rows yet; last heard from {age} ago. They appear with its first `monitor.step()`.")
         st.fragment(_wait_for_rows, run_every=shell.TICK_S)(run.ref)
         return
-    st.fragment(shell.guarded(findings.strip), run_every=shell.live(run))(where, run.id)
     _controls(where, run)
     st.fragment(shell.guarded(_body), run_every=shell.live(run))(where, run.last_step or 0)
 
 
-def _header(where: links.Where) -> None:
+def _top(where: links.Where) -> None:
     if run := queries.run(where.run):
         shell.header(where, run)
+        if run.first_step is not None:
+            findings.strip(where, run.id)
 
 
 def _wait_for_rows(ref: str) -> None:
@@ -73,8 +74,10 @@ def _controls(where: links.Where, run: RunSummary) -> None:
         shell.choose("role", roles, role, {}, lambda r: replace(where, role=None if r == ALL else Role(r)))
         shell.range_slider(where, run)
         shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=185)
-        with st.popover("modules", type="tertiary"):
-            _modules(where, queries.slots_of(run))
+        modules = st.popover("modules", type="tertiary", on_change="rerun", key="modules")
+        if modules.open:  # a large model's tree is larger than its picture
+            with modules:
+                _modules(where, queries.slots_of(run))
 
 
 def quantity_box(where: links.Where) -> None:
@@ -130,7 +133,7 @@ def _body(where: links.Where, drawn_to: int) -> None:
         st.info(f"No layer matches {shell.escaped(where.filter)}. A glob must match the whole name: blocks.1\\*.mlp\\*")
         return
     first, last = shell.steps_of(where, run)
-    maps = _maps(where, run, first)
+    live, maps = _maps(where, run, first)
     heatmap = maps.get(where.quantity)
     if heatmap is None or not heatmap.low.shape[1]:
         steps = f"{text.count(first)} and {text.count(last)}"
@@ -141,16 +144,18 @@ def _body(where: links.Where, drawn_to: int) -> None:
     scalars = queries.scalars(queries.database_url(), run.id, run.rows, first, last)
     chart, beside = st.columns([3.5, 1], gap="small")
     with chart:
-        figure, height = overview.overview(heatmap, slots, scalars, first, last)
+        medians = live.medians(heatmap) if where.quantity == "scale_exp2" else None
+        shown = overview.made_ready(heatmap, slots, medians)
+        figure, height = overview.overview(heatmap, slots, scalars, first, last, shown=shown)
         explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
-        note = [_note(heatmap, first, last), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
+        note = [_note(heatmap, slots, first, last), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
         event = panel.chart(
             "overview", figure, height=height, view=explicit, clickable=True, note=note, files=where.params()
         )
     with beside:
         shell.follow(_worst(where, maps, slots, last - first + 1))
     if isinstance(event, panel.Click):
-        if slot := next((slot for slot in slots if slot.slot == event.slot), None):
+        if slot := overview.clicked(shown, slots, event.slot, event.step // heatmap.width - heatmap.first_column):
             shell.go(replace(where, layer=slot.layer, role=slot.role, step=event.step))
     elif isinstance(event, panel.Zoom):
         shell.go(shell.zoomed(where, event, run.last_step))
@@ -158,22 +163,25 @@ def _body(where: links.Where, drawn_to: int) -> None:
         st.rerun()
 
 
-def _maps(where: links.Where, run: RunSummary, first: int) -> dict[Quantity, HeatMap]:
+def _maps(
+    where: links.Where, run: RunSummary, first: int
+) -> tuple[queries.LiveHeatMaps, dict[Quantity, HeatMap]]:
     """The map that is shown and those that the ranking needs; the first time they may take a while."""
     quantities = tuple(dict.fromkeys((where.quantity, *ranking.LOSSES)))
     live = queries.live_heatmaps(queries.database_url(), run.id, quantities, first, where.last_step)
     if live.progress is None:
         with st.spinner(f"Reading {text.count(run.rows)} rows"):
-            return live.read()
-    return live.read()
+            return live, live.read()
+    return live, live.read()
 
 
-def _note(heatmap: HeatMap, first: int, last: int) -> str:
-    steps = text.count(last - first + 1)
+def _note(heatmap: HeatMap, slots: Sequence[Slot], first: int, last: int) -> str:
+    steps, each = text.count(last - first + 1), overview.layers_a_row(slots)
+    rows = f"; {each} layers a row, the worse one shown" if each > 1 else ""
     if heatmap.width == 1:
-        return f"every one of {steps} steps"
+        return f"every one of {steps} steps{rows}"
     shown = text.count(heatmap.low.shape[1])
-    return f"showing {shown} columns of {text.count(heatmap.width)} steps for {steps} steps, extremes kept"
+    return f"showing {shown} columns of {text.count(heatmap.width)} steps for {steps} steps, extremes kept{rows}"
 
 
 def _worst(where: links.Where, maps: Mapping[Quantity, HeatMap], slots: list[Slot], steps: int) -> panel.Event | None:

@@ -30,7 +30,7 @@ COLUMNS = [
     ("took", "duration", True),
     ("rows", "rows", True),
     ("ranks", "ranks", True),
-    ("", "worst tensor of the newest 50 steps", False),
+    ("", "worst tensor of the newest 64 steps", False),
 ]
 SEVERITIES = ("critical", "warning", "info")
 _STATES = ("failed", "crashed", "stale", "running", "finished")

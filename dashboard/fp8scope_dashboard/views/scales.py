@@ -73,8 +73,11 @@ def _draw(
     event = panel.chart("depth chart", figure, height=height, clickable=True, note=legend, files={})
     _follow(where, run, slots, event)
 
-    ends = "first block solid, last block dashed, those between grey"
-    panel.title("steps", "over steps", f"one line a layer; {ends}; click: the tensor, drag: zoom")
+    most = max(sum((p.kind, p.slot.role) == (kind, role) for p in found) for kind in kinds for role in Role)
+    between = "those between: one grey line each"
+    if most > scales.MOST_LINES:
+        between = f"all {most}: grey from lowest to highest, darker the middle half, line the median"
+    panel.title("steps", "over steps", f"first block solid, last block dashed; {between}; click: the tensor")
     figure, height = scales.over_steps(heatmap, found, first, last)
     event = panel.chart("steps chart", figure, height=height, view=view_range, clickable=True, files={})
     _follow(where, run, slots, event)

@@ -32,17 +32,16 @@ def view() -> None:
     mine = [slot for slot in slots if slot.layer == where.layer]
     chosen = next((slot for slot in mine if slot.role == where.role), mine[0])
     where = replace(where, role=chosen.role)
-    st.fragment(shell.guarded(_header), run_every=shell.live(run))(where, layers)
+    st.fragment(shell.guarded(_top), run_every=shell.live(run))(where, layers, chosen.slot)
     if run.first_step is None:
         st.info("This run has no rows yet. They appear here with the first `monitor.step()`.")
         return
-    st.fragment(shell.guarded(findings.of_tensor), run_every=shell.live(run))(run.id, chosen.slot)
     roles = [slot.role.value for slot in mine]
     shell.choose("role", roles, chosen.role.value, {}, lambda role: replace(where, role=Role(role)))
     st.fragment(shell.guarded(_body), run_every=shell.live(run))(where, chosen, mine)
 
 
-def _header(where: links.Where, layers: list[str]) -> None:
+def _top(where: links.Where, layers: list[str], slot: int) -> None:
     run = queries.run(where.run)
     if run is None:
         return
@@ -53,6 +52,7 @@ def _header(where: links.Where, layers: list[str]) -> None:
     if at + 1 < len(layers):
         nav.append({"text": f"{layers[at + 1]} ›", "to": where.to(layer=layers[at + 1])})
     shell.header(where, run, nav=nav)
+    findings.of_tensor(run.id, slot)
 
 
 def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
