@@ -1,5 +1,6 @@
 """What the views ask of the database, cached: one reader for the process, heat maps that fetch only what is new.
 
+Answers are frozen, so everybody who looks gets the same ones (`st.cache_resource`), not a copy each.
 The heat maps of a live run are kept per (run, quantities, range) and shared by everybody who looks at them. Each tick
 asks the run's cursor and reads the columns that may have changed; a resume or a new column width reads all again.
 """
@@ -11,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import streamlit as st
@@ -38,6 +39,7 @@ from fp8scope_dashboard.charts.compare import Divergence, aligned, divergence
 from fp8scope_dashboard.collector import Service, ask
 
 Matrix = overview.Matrix
+Ints = panels.Ints
 _LATE_STEPS = 32  # a rank that is later than that is seen a minute later
 _SIDES = ("low", "high")
 _NONE = np.empty(0)
@@ -65,7 +67,7 @@ def reader() -> Reader:
     return _reader(database_url())
 
 
-@st.cache_data(ttl=1.0, max_entries=4, show_spinner=False)
+@st.cache_resource(ttl=1.0, max_entries=4, show_spinner=False)
 def _runs(url: str) -> list[RunSummary]:
     return _reader(url).runs()
 
@@ -81,7 +83,7 @@ def run(ref: str) -> RunSummary | None:
     return found[0] if len(found) == 1 else None
 
 
-@st.cache_data(ttl=10.0, max_entries=64, show_spinner=False)
+@st.cache_resource(ttl=30.0, max_entries=64, show_spinner=False)
 def slots(_url: str, run_id: int, incarnations: int) -> list[Slot]:
     """The slots of a run; they change only when it is resumed."""
     return reader().slots(run_id)
@@ -92,7 +94,7 @@ def slots_of(run: RunSummary) -> list[Slot]:
     return slots(database_url(), run.id, run.incarnations)
 
 
-@st.cache_data(ttl=600.0, max_entries=1000, show_spinner=False)  # a run that grows has other `rows`
+@st.cache_resource(ttl=600.0, max_entries=1000, show_spinner=False)  # a run that grows has other `rows`
 def worst(_url: str, run_id: int, rows: int) -> tuple[Worst, str] | None:
     """The tensor with the largest share of NaN and Inf in the newest steps, or of overflow; None: there is neither."""
     kinds: tuple[tuple[Quantity, str], ...] = (("nonfinite", "NaN or Inf"), ("overflow", "overflow"))
@@ -102,20 +104,51 @@ def worst(_url: str, run_id: int, rows: int) -> tuple[Worst, str] | None:
     return None
 
 
-@st.cache_data(ttl=1.5, max_entries=64, show_spinner=False)
-def scalars(_url: str, run_id: int, rows: int, first_step: int, last_step: int) -> list[Scalar]:
-    """The scalars of a run over a range of steps."""
-    return reader().scalars(run_id, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS)
+@st.cache_resource(ttl=60.0, max_entries=64, show_spinner=False)
+def _settled_scalars(url: str, run_id: int, _incarnations: int, first_step: int, last_step: int) -> list[Scalar]:
+    return _reader(url).scalars(run_id, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS)
 
 
-@st.cache_data(ttl=60.0, max_entries=256, show_spinner=False)
+@st.cache_resource(ttl=1.5, max_entries=64, show_spinner=False)
+def _newest_scalars(url: str, run_id: int, _rows: int, first_step: int, last_step: int) -> list[Scalar]:
+    return _reader(url).scalars(run_id, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS)
+
+
+def scalars(run: RunSummary, first_step: int, last_step: int) -> list[Scalar]:
+    """The scalars of a run over a range of steps; of a run that grows, only what is new is read at each tick."""
+    url, settled = database_url(), _settled_step(run, first_step, last_step)
+    if settled is None:
+        return _newest_scalars(url, run.id, run.rows, first_step, last_step)
+    old = {scalar.name: scalar for scalar in _settled_scalars(url, run.id, run.incarnations, first_step, settled)}
+    new = {scalar.name: scalar for scalar in _newest_scalars(url, run.id, run.rows, settled + 1, last_step)}
+    both = [_joined_scalar(old[name], new[name]) for name in old if name in new]
+    return sorted(
+        [*both, *(found[name] for found in (old, new) for name in found if (name in old) != (name in new))],
+        key=lambda scalar: scalar.name,
+    )
+
+
+def _joined_scalar(old: Scalar, new: Scalar) -> Scalar:
+    parts = ("step", "last", "count", "low", "high", "missing")
+    return Scalar(old.name, *(np.concatenate([getattr(old, part), getattr(new, part)]) for part in parts))
+
+
+def _settled_step(run: RunSummary, first_step: int, last_step: int) -> int | None:
+    """The last step that no rank writes any more, a round number; None: all of the range is read at once."""
+    chunk = max(64, 2 ** int(np.log2(max(1, last_step - first_step + 1))) // 16)
+    settled = (last_step - _LATE_STEPS) // chunk * chunk - 1
+    ended = run.state in ("finished", "failed")
+    return None if ended or settled <= first_step or last_step < (run.last_step or 0) else settled
+
+
+@st.cache_resource(ttl=60.0, max_entries=256, show_spinner=False)
 def _settled_series(url: str, run_id: int, _incarnations: int, slot: int, first_step: int, last_step: int) -> Series:
     return _reader(url).series(
         run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
     )
 
 
-@st.cache_data(ttl=1.5, max_entries=256, show_spinner=False)
+@st.cache_resource(ttl=1.5, max_entries=256, show_spinner=False)
 def _newest_series(url: str, run_id: int, _rows: int, slot: int, first_step: int, last_step: int) -> Series:
     return _reader(url).series(
         run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
@@ -127,17 +160,15 @@ def series(run: RunSummary, slot: int, first_step: int, last_step: int) -> Serie
 
     Of a run that grows only what lies above a round number of steps is read at each tick.
     """
-    url = database_url()
-    chunk = max(64, 2 ** int(np.log2(max(1, last_step - first_step + 1))) // 16)
-    settled = (last_step - _LATE_STEPS) // chunk * chunk - 1
-    if run.state in ("finished", "failed") or settled <= first_step or last_step < (run.last_step or 0):
+    url, settled = database_url(), _settled_step(run, first_step, last_step)
+    if settled is None:
         return _newest_series(url, run.id, run.rows, slot, first_step, last_step)
     old = _settled_series(url, run.id, run.incarnations, slot, first_step, settled)
     new = _newest_series(url, run.id, run.rows, slot, settled + 1, last_step)
     return joined(old, new)
 
 
-@st.cache_data(ttl=10.0, max_entries=64, show_spinner=False)
+@st.cache_resource(ttl=10.0, max_entries=64, show_spinner=False)
 def _histograms(url: str, run_id: int, slot: int, first_step: int, last_step: int) -> Histograms:
     return _reader(url).histograms(run_id, slot, first_step, last_step)
 
@@ -189,7 +220,7 @@ def _looks(_url: str) -> _Looks:
     return _Looks()
 
 
-@st.cache_data(ttl=1.5, max_entries=4, show_spinner=False)
+@st.cache_resource(ttl=1.5, max_entries=4, show_spinner=False)
 def _system(url: str) -> SystemState:
     return _reader(url).system()
 
@@ -241,7 +272,7 @@ def shown_database() -> str:
 MOST_FINDINGS = 500
 
 
-@st.cache_data(ttl=1.5, max_entries=16, show_spinner=False)
+@st.cache_resource(ttl=1.5, max_entries=16, show_spinner=False)
 def _findings(url: str, run_id: int | None) -> list[StoredFinding]:
     return _reader(url).findings(run_id, limit=MOST_FINDINGS)
 
@@ -251,7 +282,7 @@ def findings(run_id: int | None = None) -> list[StoredFinding]:
     return _findings(database_url(), run_id)
 
 
-@st.cache_data(ttl=3.0, max_entries=4, show_spinner=False)
+@st.cache_resource(ttl=3.0, max_entries=4, show_spinner=False)
 def _open_findings(url: str) -> dict[int, dict[str, int]]:
     counts: dict[int, dict[str, int]] = {}
     for finding in _reader(url).findings(open_only=True, limit=10_000):
@@ -297,7 +328,7 @@ class LiveHeatMaps:
     first_step: int
     last_step: int | None
     progress: Progress | None = None
-    _maps: list[HeatMap] = field(default_factory=list)
+    _maps: list[_Growing] = field(default_factory=list)
     _read_at: float = 0.0
     _medians: tuple[int, Matrix] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -316,7 +347,7 @@ class LiveHeatMaps:
             if time.monotonic() - self._read_at > 0.5:
                 self._update(reader())
                 self._read_at = time.monotonic()
-            return {heatmap.quantity: heatmap for heatmap in self._maps}
+            return {growing.quantity: growing.map() for growing in self._maps}
 
     def _update(self, source: Reader) -> None:
         before, now = self.progress, source.progress(self.run_id)
@@ -324,33 +355,58 @@ class LiveHeatMaps:
             return
         end = now.last_step if self.last_step is None else self.last_step
         whole = True
-        if self._maps and before is not None and before.lives == now.lives and self._maps[0].low.shape[1]:
+        if self._maps and before is not None and before.lives == now.lives and self._maps[0].columns:
             width, first_column = self._maps[0].width, self._maps[0].first_column
             whole = end // width - first_column + 1 > panels.MAX_COLUMNS
         if whole:
             self._medians = None
-            self._maps = source.heatmaps(
+            found = source.heatmaps(
                 self.run_id, self.quantities, first_step=self.first_step, last_step=end, max_columns=panels.MAX_COLUMNS
             )
+            self._maps = [_Growing.of(heatmap) for heatmap in found]
         else:
             assert before is not None
             since = max(before.settled_step + 1, first_column * width)
             parts = source.heatmaps(self.run_id, self.quantities, first_step=since, last_step=end, width=width)
-            self._maps = [_extended(known, part) for known, part in zip(self._maps, parts, strict=True)]
+            for growing, part in zip(self._maps, parts, strict=True):
+                growing.extend(part)
         self.progress = now
 
 
-def _extended(known: HeatMap, part: HeatMap) -> HeatMap:
-    """`known` with the extremes of newer steps, which may have been known of some ranks before."""
-    if not part.low.shape[1] or part.slots.size != known.slots.size:
-        return known
-    start = part.first_column - known.first_column
-    old, end = known.low.shape[1], start + part.low.shape[1]
-    low, high = (np.full((known.slots.size, max(old, end)), np.nan) for _ in _SIDES)
-    low[:, :old], high[:, :old] = known.low, known.high
-    low[:, start:end] = np.fmin(low[:, start:end], part.low)
-    high[:, start:end] = np.fmax(high[:, start:end], part.high)
-    return replace(known, low=low, high=high)
+@dataclass
+class _Growing:
+    """One heat map with room for columns to come: a tick writes its few, and copies nothing."""
+
+    quantity: Quantity
+    width: int
+    first_column: int
+    slots: Ints
+    columns: int
+    low: Matrix
+    high: Matrix
+
+    @classmethod
+    def of(cls, heatmap: HeatMap) -> _Growing:
+        """A map that was read, with room."""
+        columns = heatmap.low.shape[1]
+        room = np.full((heatmap.slots.size, max(columns, panels.MAX_COLUMNS) - columns), np.nan)
+        low, high = (np.hstack([side, room]) for side in (heatmap.low, heatmap.high))
+        return cls(heatmap.quantity, heatmap.width, heatmap.first_column, heatmap.slots, columns, low, high)
+
+    def extend(self, part: HeatMap) -> None:
+        """Takes in the extremes of newer steps, which may have been known of some ranks before."""
+        if not part.low.shape[1] or part.slots.size != self.slots.size:
+            return
+        start = part.first_column - self.first_column
+        self.columns = max(self.columns, start + part.low.shape[1])
+        here = slice(start, start + part.low.shape[1])
+        self.low[:, here] = np.fmin(self.low[:, here], part.low)
+        self.high[:, here] = np.fmax(self.high[:, here], part.high)
+
+    def map(self) -> HeatMap:
+        """What is known now."""
+        low, high = (side[:, : self.columns] for side in (self.low, self.high))
+        return HeatMap(self.quantity, self.width, self.first_column, self.slots, low, high)
 
 
 @st.cache_resource(max_entries=24, show_spinner=False)

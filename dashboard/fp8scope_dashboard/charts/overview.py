@@ -8,6 +8,7 @@ several layers in a row, whose colour is the worst one's: as with columns of sev
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -177,12 +178,11 @@ def made_ready(heatmap: HeatMap, slots: Sequence[Slot], medians: Matrix | None =
     return _worded(heatmap, ready(heatmap, np.searchsorted(heatmap.slots, [s.slot for s in slots]), slots, medians))
 
 
-def ready(
-    heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], medians: Matrix | None = None
-) -> Shown:
+def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], medians: Matrix | None = None) -> Shown:
     """What is coloured and how, for the given rows; `medians` are those of all rows of the map where they are known."""
     quantity: str = heatmap.quantity
-    low, high = heatmap.low[rows], heatmap.high[rows]
+    every = np.array_equal(rows, np.arange(heatmap.slots.size))
+    low, high = (side if every else side[rows] for side in (heatmap.low, heatmap.high))
     if quantity in SHARES:
         return _shares(quantity, high)
     if quantity == "headroom":
@@ -206,9 +206,9 @@ def ready(
         maps = _maps({"light": theme.CIVIDIS, "dark": theme.CIVIDIS})
         return Shown(z, None, maps, bottom, top, [(mark, text.exp2(mark)) for mark in marks])
     reference = median(low) if medians is None else medians[rows]
-    farther = np.where(np.abs(high - reference) >= np.abs(low - reference), high, low)
-    change = farther - reference
-    size = max(2.0, math.ceil(_quantile(np.abs(change), 0.99))) if np.isfinite(change).any() else 2.0
+    farther = np.where(low + high >= 2 * reference, high, low)
+    some = slice(None, None, -(-farther.size // _QUANTILE_VALUES) if farther.size else 1)
+    size = max(2.0, math.ceil(_quantile(np.abs(farther[:, some] - reference), 0.99)))
     marks = np.unique(np.linspace(-size, size, 5).round())
     words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
     return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words, worse="far")
@@ -305,8 +305,7 @@ def _add_facet(
         z["$fixed"] = about["values"] = fixed(_worst_of(shown.of(rows), each, shown.worse), shown.per)
         words = AGAINST.get(heatmap.quantity) if shown.reference is not None else None
         lines = [{"name": words[0], "format": words[1]}] if words else shown.lines
-        groups = [slots[i : i + each] for i in range(0, len(slots), each)]
-        about |= {"lines": lines, "names": [together([slot.layer for slot in group]) for group in groups]}
+        about |= {"lines": lines, "names": _row_names(tuple(slot.layer for slot in slots), each)}
     about["slots"] = [slot.slot for slot in slots[::each]]
     role = slots[0].role
     kinds = sorted({(slot.format, slot.margin) for slot in slots})
@@ -352,6 +351,11 @@ def _add_facet(
     layout["annotations"].append(theme.label(title, domain[1], color=theme.ROLE_COLOR[role]))
 
 
+@functools.lru_cache(maxsize=64)
+def _row_names(layers: tuple[str, ...], each: int) -> list[str]:
+    return [together(layers[i : i + each]) for i in range(0, len(layers), each)]
+
+
 def _worst_of(values: Matrix, each: int, worse: str) -> Matrix:
     """Rows of `each` layers, the worst of them in each column; NaN where nothing is recorded of any."""
     rows = -(-len(values) // each)
@@ -360,7 +364,7 @@ def _worst_of(values: Matrix, each: int, worse: str) -> Matrix:
     groups = whole.reshape(rows, each, -1)
     high, low = np.fmax.reduce(groups, axis=1), np.fmin.reduce(groups, axis=1)
     if worse == "far":
-        return np.where(np.abs(high) >= np.abs(low), high, low)
+        return np.asarray(np.where(high >= -low, high, low))
     return np.asarray(high if worse == "high" else low)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,5 +116,6 @@ def flat_where_missing(*edges: Floats) -> list[Floats]:
 
 def spark(values: npt.NDArray[np.float64], bars: int = 42) -> list[float | None]:
     """Heights of at most `bars` bars, the largest of each group kept; None where nothing is recorded."""
-    groups = np.array_split(values, min(bars, max(1, values.size)))
-    return [None if np.isnan(g).all() else round(float(np.nanmax(g)), 3) for g in groups if g.size]
+    starts = np.unique(np.linspace(0, values.size, min(bars, values.size), endpoint=False).astype(np.int64))
+    highest = np.fmax.reduceat(values, starts).round(3) if values.size else values
+    return [None if math.isnan(height) else height for height in highest.tolist()]

@@ -32,10 +32,11 @@ def worst(maps: Sequence[HeatMap], slots: Sequence[Slot], recent_steps: int, lim
     """The slots that lost most, the worst kind of loss first, each slot once."""
     entries: list[Worst] = []
     listed: set[int] = set()
+    numbers = [slot.slot for slot in slots]
     for heatmap in maps:
         recent = -(-recent_steps // heatmap.width)
-        rows = np.searchsorted(heatmap.slots, [slot.slot for slot in slots])
-        newest = np.fmax.reduce(heatmap.high[rows, -recent:], axis=1, initial=np.nan)
+        rows = np.searchsorted(heatmap.slots, numbers)
+        newest = np.fmax.reduce(heatmap.high[:, -recent:], axis=1, initial=np.nan)[rows]
         for i in np.argsort(-newest, kind="stable").tolist():
             slot = slots[i]
             if not newest[i] > 0 or len(entries) == limit:

@@ -317,7 +317,11 @@ def _bands(values: Matrix, x: Matrix, xaxis: str, yaxis: str) -> list[dict[str, 
     ordered = np.sort(values, axis=0)  # NaN last
     known = np.isfinite(ordered).sum(axis=0)
     edges = [
-        np.where(known > 0, np.take_along_axis(ordered, np.round(part * np.maximum(known - 1, 0))[None].astype(int), 0)[0], np.nan)
+        np.where(
+            known > 0,
+            np.take_along_axis(ordered, np.round(part * np.maximum(known - 1, 0))[None].astype(int), 0)[0],
+            np.nan,
+        )
         for part in (0, 0.25, 0.5, 0.75, 1)
     ]
     line = {"type": "scatter", "mode": "lines", "xaxis": xaxis, "yaxis": yaxis, "x": x, "hoverinfo": "none"}

@@ -180,10 +180,7 @@ def _scalars(
     last: int,
     explicit: list[int] | None,
 ) -> None:
-    curves = [
-        (run.ref, queries.scalars(queries.database_url(), run.id, run.rows, *span))
-        for run, span in zip(runs, spans, strict=True)
-    ]
+    curves = [(run.ref, queries.scalars(run, *span)) for run, span in zip(runs, spans, strict=True)]
     shared = overview.by_importance([scalar for _, scalars in curves for scalar in scalars])
     chosen = list(dict.fromkeys(scalar.name for scalar in shared))[:MOST_SCALARS]
     if chosen:

@@ -141,14 +141,17 @@ def _body(where: links.Where, drawn_to: int) -> None:
             f"No rows between steps {steps}; the run has {text.count(run.first_step)} to {text.count(run.last_step)}."
         )
         return
-    scalars = queries.scalars(queries.database_url(), run.id, run.rows, first, last)
+    scalars = queries.scalars(run, first, last)
     chart, beside = st.columns([3.5, 1], gap="small")
     with chart:
         medians = live.medians(heatmap) if where.quantity == "scale_exp2" else None
         shown = overview.made_ready(heatmap, slots, medians)
         figure, height = overview.overview(heatmap, slots, scalars, first, last, shown=shown)
         explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
-        note = [_note(heatmap, slots, first, last), "click: the tensor at that step · drag: zoom in · double click: zoom out"]
+        note = [
+            _note(heatmap, slots, first, last),
+            "click: the tensor at that step · drag: zoom in · double click: zoom out",
+        ]
         event = panel.chart(
             "overview", figure, height=height, view=explicit, clickable=True, note=note, files=where.params()
         )
@@ -163,9 +166,7 @@ def _body(where: links.Where, drawn_to: int) -> None:
         st.rerun()
 
 
-def _maps(
-    where: links.Where, run: RunSummary, first: int
-) -> tuple[queries.LiveHeatMaps, dict[Quantity, HeatMap]]:
+def _maps(where: links.Where, run: RunSummary, first: int) -> tuple[queries.LiveHeatMaps, dict[Quantity, HeatMap]]:
     """The map that is shown and those that the ranking needs; the first time they may take a while."""
     quantities = tuple(dict.fromkeys((where.quantity, *ranking.LOSSES)))
     live = queries.live_heatmaps(queries.database_url(), run.id, quantities, first, where.last_step)
