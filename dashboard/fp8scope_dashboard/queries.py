@@ -17,6 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import streamlit as st
 
+from fp8scope_collector.advisers import (
+    ConstantAdvice,
+    RefreshAdvice,
+    advise_constant,
+    advise_refresh,
+    histories,
+)
 from fp8scope_collector.storage.acknowledge import AcknowledgeError, Acknowledger
 from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.reader import (
@@ -36,6 +43,7 @@ from fp8scope_collector.storage.reader import (
 )
 from fp8scope_dashboard.charts import overview, panels, tensor
 from fp8scope_dashboard.charts.compare import Divergence, aligned, divergence
+from fp8scope_dashboard.charts.ranks import RankValues
 from fp8scope_dashboard.collector import Service, ask
 
 Matrix = overview.Matrix
@@ -175,8 +183,28 @@ def _histograms(url: str, run_id: int, slot: int, first_step: int, last_step: in
 
 def histograms(run: RunSummary, slot: int, first_step: int, last_step: int) -> Histograms:
     """How one slot's magnitudes were distributed where that was sampled; of a run that grows, ten seconds old."""
+    return _histograms(database_url(), run.id, slot, first_step, _end(run, last_step))
+
+
+@st.cache_resource(ttl=10.0, max_entries=64, show_spinner=False)
+def _ranks(url: str, run_id: int, slot: int, first_step: int, last_step: int) -> RankValues:
+    source, steps = _reader(url), {"first_step": first_step, "last_step": last_step}
+    return RankValues(
+        source.spread(run_id, slot, "amax", **steps, max_points=panels.MAX_POINTS),
+        source.series(run_id, slot, ("spread",), **steps, max_points=panels.MAX_POINTS),
+        source.ranks(run_id, slot, "amax", **steps),
+    )
+
+
+def ranks(run: RunSummary, slot: int, first_step: int, last_step: int) -> RankValues:
+    """How one slot's amax lies over the ranks; of a run that grows, ten seconds old."""
+    return _ranks(database_url(), run.id, slot, first_step, _end(run, last_step))
+
+
+def _end(run: RunSummary, last_step: int) -> int:
+    """The last step to ask for: beyond the newest one where the view follows a run, so that the answer can be kept."""
     following = run.state not in ("finished", "failed") and last_step == run.last_step
-    return _histograms(database_url(), run.id, slot, first_step, LAST_STEP if following else last_step)
+    return LAST_STEP if following else last_step
 
 
 def joined(old: Series, new: Series) -> Series:
@@ -241,6 +269,17 @@ def service() -> Service:
     return _service(os.environ.get("FP8SCOPE_METRICS", ""))
 
 
+@st.cache_resource(ttl=3600.0, max_entries=16, show_spinner=False)
+def _advice(url: str, run_id: int, _tenths: int) -> tuple[list[ConstantAdvice], list[RefreshAdvice]]:
+    tensors = histories(_reader(url), run_id)
+    return advise_constant(tensors), advise_refresh(tensors)
+
+
+def advice(run: RunSummary) -> tuple[list[ConstantAdvice], list[RefreshAdvice]]:
+    """What the run says about constant scales and kept ones; reads all rows, anew when there are a tenth more."""
+    return _advice(database_url(), run.id, int(np.log(max(1, run.rows)) / np.log(1.1)))
+
+
 @st.cache_data(ttl=30.0, max_entries=64, show_spinner=False)
 def configuration(_url: str, run_id: int) -> dict[str, str]:
     """What a run was started with."""
@@ -270,6 +309,16 @@ def shown_database() -> str:
 
 
 MOST_FINDINGS = 500
+
+
+@st.cache_resource(ttl=3.0, max_entries=64, show_spinner=False)
+def _judged(url: str, run_id: int) -> int | None:
+    return _reader(url).judged_step(run_id)
+
+
+def judged_step(run_id: int) -> int | None:
+    """The step up to which diagnosis has looked at a run while it went on; None: it never did."""
+    return _judged(database_url(), run_id)
 
 
 @st.cache_resource(ttl=1.5, max_entries=16, show_spinner=False)

@@ -56,7 +56,7 @@ def exp2(exponent: float) -> str:
 
 def bits(value: float) -> str:
     """Headroom in bits."""
-    return "–" if math.isnan(value) else f"{number(value)} bits"
+    return "–" if math.isnan(value) else f"{number(value)} bit" + "s" * (number(value) != "1")
 
 
 def duration(seconds: float) -> str:

@@ -23,27 +23,34 @@ HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:al
 STEPS = 40
 
 
-def stored(engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEPS, project: str = "") -> int:
-    """A run whose last layer's grad_output overflows from step 20 on, with a NaN loss and a null field; its id."""
+def stored(
+    engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEPS, project: str = "", ranks: int = 1
+) -> int:
+    """A run whose last layer's grad_output overflows from step 20 on, with a NaN loss and a null field.
+
+    The id of its first rank's source; rank r has 2**r times the amax of rank 0.
+    """
     now = time.time_ns()
     with engine.begin() as connection:
         values: dict[str, Any] = {"project": project, "name": name, "created_unix_ns": now - 10**12}
         values["config_json"] = json.dumps({"recipe": name, "lr": 0.001})
         run_id = connection.execute(schema.run.insert().values(**values)).inserted_primary_key[0]
-        source = {
-            "run_id": run_id,
-            "rank": 0,
-            "incarnation": 1,
-            "source_uuid": f"{project}/{name}",
-            "world_size": 1,
-            "started_unix_ns": now,
-            "first_seen_unix_ns": now,
-            "last_seen_unix_ns": now + 3600 * 10**9,  # slow tests do not make it stale
-            "clock_skew_ns": 0,
-            "agent_version": "0.1.0",
-            "environment_json": "{}",
-        }
-        source_id = connection.execute(schema.source.insert().values(**source)).inserted_primary_key[0]
+        sources = []
+        for rank in range(ranks):
+            source = {
+                "run_id": run_id,
+                "rank": rank,
+                "incarnation": 1,
+                "source_uuid": f"{project}/{name}/{rank}",
+                "world_size": ranks,
+                "started_unix_ns": now,
+                "first_seen_unix_ns": now,
+                "last_seen_unix_ns": now + 3600 * 10**9,  # slow tests do not make it stale
+                "clock_skew_ns": 0,
+                "agent_version": "0.1.0",
+                "environment_json": "{}",
+            }
+            sources.append(connection.execute(schema.source.insert().values(**source)).inserted_primary_key[0])
         for number, (layer, role) in enumerate((layer, role) for layer in layers for role in Role):
             key = {"run_id": run_id, "slot": number}
             shape = {"module_class": "Fp8Linear", "in_features": 64, "out_features": 64}
@@ -51,20 +58,21 @@ def stored(engine: sa.Engine, name: str, layers: list[str], *, steps: int = STEP
             form = "E5M2" if role == Role.GRAD_OUTPUT else "E4M3FN"
             recipe = {"incarnation": 1, "format": form, "recipe": "AmaxScaling()", "margin": 0}
             connection.execute(schema.slot_recipe.insert().values(**key, **recipe))
-        if steps:
+        for source_id in sources if steps else ():
             connection.execute(
                 schema.coverage.insert().values(source_id=source_id, first_step=0, rolled_step=0, pruned_step=0)
             )
-    written(engine, source_id, 3 * len(layers), range(steps))
-    return int(source_id)
+    for rank, source_id in enumerate(sources):
+        written(engine, source_id, 3 * len(layers), range(steps), times=2.0**rank)
+    return int(sources[0])
 
 
-def written(engine: sa.Engine, source_id: int, slots: int, steps: range) -> None:
+def written(engine: sa.Engine, source_id: int, slots: int, steps: range, *, times: float = 1.0) -> None:
     """Rows and scalars of these steps, as the collector would write them."""
     rows = []
     for step in steps:
         for slot in range(slots):
-            amax = 2.0 ** (3 * math.sin(step / 9 + slot))
+            amax = times * 2.0 ** (3 * math.sin(step / 9 + slot))
             scale = 2.0 ** (8 - round(3 * math.sin(step / 9 + slot)))
             row = {field.name: 0.0 if field.dtype != "uint64" else 0 for field in FIELDS}
             row |= {"amax": amax, "scale_min": scale, "scale_max": scale, "numel": 4096, "underflow": slot}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fp8core.records import Role
-from fp8scope_collector.storage.reader import HeatMap, Histograms, Quantity, Slot
-from fp8scope_dashboard import links, names, text
-from fp8scope_dashboard.charts import overview, panels, ranking, tensor
+from fp8scope_collector.storage.reader import HeatMap, Histograms, Quantity, Ranks, Series, Slot, Spread
+from fp8scope_dashboard import links, names, queries, text
+from fp8scope_dashboard.charts import overview, panels, ranking, ranks, scales, tensor
 from fp8scope_dashboard.component import message, panel
 
 
@@ -54,6 +54,103 @@ def test_scale_is_coloured_against_its_median_and_the_farther_extreme_wins() -> 
 
     assert shown.reference is not None
     np.testing.assert_array_equal(shown.exact - shown.reference, [[0, 1, 0, -3, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values", "worse"),
+    [("overflow", [0.0, 0.25], 1), ("sqnr_db", [20.0, 31.0], 0), ("scale_exp2", [5.0, 9.0], 1)],
+)
+def test_a_row_of_many_layers_has_the_worst_ones_colour_and_a_click_opens_that_one(
+    quantity: Quantity, values: list[float], worse: int
+) -> None:
+    usual = {"overflow": 0.0, "sqnr_db": 31.5, "scale_exp2": 5.0}[quantity]
+    slots = [a_slot(i, f"blocks.{i // 2}.mlp.fc{1 + i % 2}") for i in range(1600)]
+    grid = np.full((1600, 3), usual)
+    grid[801:803, 1] = values
+    heatmap = HeatMap(quantity, 4, 2, np.arange(1600), grid.copy(), grid)
+
+    shown = overview.made_ready(heatmap, slots)
+    figure, height = overview.overview(heatmap, slots, [], 8, 19, shown=shown)
+
+    (facet,) = figure["traces"]
+    each = overview.layers_a_row(slots)
+    assert (each > 1, height < 900) == (True, True)
+    row = 801 // each
+    assert facet["about"]["names"][row].startswith("blocks.400.mlp.fc2")
+    assert facet["y"][row] == row * each + (each - 1) / 2  # rows are counted in layers, as the axis is
+    drawn = facet["z"]["$fixed"].astype(np.float64)
+    assert np.argwhere(drawn[:, 1] != drawn[:, 0]).tolist() == [[row]]
+    found = overview.clicked(shown, slots, facet["about"]["slots"][row], 1)
+    assert found is not None
+    assert found.slot == 801 + worse
+
+
+def test_a_tick_changes_no_old_column_when_a_median_moves() -> None:
+    grid = np.zeros((1200, 41))
+    grid[5, 20:] = 7
+    slots = [a_slot(i) for i in range(1200)]
+    live = queries.LiveHeatMaps(1, ("scale_exp2",), 0, None)
+
+    def drawn(columns: int) -> Any:
+        heatmap = HeatMap("scale_exp2", 1, 0, np.arange(1200), grid[:, :columns], grid[:, :columns])
+        shown = overview.made_ready(heatmap, slots, live.medians(heatmap))
+        (facet,) = overview.overview(heatmap, slots, [], 0, columns, shown=shown)[0]["traces"]
+        return facet["z"]["$fixed"]
+
+    assert [overview.median(grid[:, :columns])[5] for columns in (39, 41)] == [0, 7]
+    np.testing.assert_array_equal(drawn(39), drawn(41)[:, :39])
+
+
+def test_the_mode_of_each_row_is_the_smallest_of_the_most_frequent() -> None:
+    rows = np.array([[3.0, 4, 4, 3, np.nan], [-7, -7, -9.2, 1, 1], [np.nan] * 5, [0, 0, 0, 2, 2]])
+
+    np.testing.assert_array_equal(scales.modes(rows), [3, -7, np.nan, 0])
+
+
+def test_many_layers_are_two_bands_and_the_ends_stay_lines() -> None:
+    blocks = 60
+    slots = [a_slot(i, f"blocks.{i}.fc1") for i in range(blocks)]
+    grid = np.tile(np.arange(blocks, dtype=np.float64)[:, None], (1, 5))
+    grid[30, 2] = -40  # one layer, once
+    heatmap = HeatMap("scale_exp2", 1, 0, np.arange(blocks), grid, grid)
+
+    figure, _ = scales.over_steps(heatmap, scales.places(heatmap, slots), 0, 4)
+
+    by_name = {trace["about"]["name"]: trace["y"].tolist() for trace in figure["traces"]}
+    assert len(figure["traces"]) == 7
+    assert by_name["lowest"] == [0, 0, -40, 0, 0]
+    assert by_name["highest"] == [59] * 5
+    assert by_name["1/4"][0] == 15
+    assert (by_name["blocks.0.fc1"], by_name["blocks.59.fc1"]) == ([0] * 5, [59] * 5)
+
+
+def test_a_rank_that_computes_something_else_is_named() -> None:
+    steps, ones = np.arange(10), np.ones(10)
+    spread = Spread(
+        *(steps, steps, ones, np.array([0, 1] * 5), steps, 8 * ones, np.full(10, 3), steps, ones), median_error=0.0
+    )
+    bits = Series(steps, steps, steps, {"spread": ones}, {"spread": np.array([3.0] * 8 + [4, 3])})
+    each = Ranks(np.arange(4), steps, steps, np.tile(ones, (4, 1)), np.stack([ones, ones, ones, 8 * ones]))
+    found = ranks.RankValues(spread, bits, each)
+
+    figure, _ = ranks.ranks_figure(found, 0, 9, 4)
+
+    assert ranks.verdict(found) == "rank 3 is the largest everywhere; farthest apart at step 8: 4 bits"
+    lines = {trace["about"]["name"]: trace for trace in figure["traces"]}
+    assert list(lines) == ["smallest", "largest", "rank 0", "rank 1", "rank 2", "rank 3", "spread"]
+    assert lines["rank 3"]["y"].tolist() == [3.0] * 10  # log2
+    assert lines["largest"]["about"]["ranks"] == [3] * 10
+
+
+def test_of_many_ranks_only_the_band_is_drawn() -> None:
+    steps, ones = np.arange(3), np.ones(3)
+    spread = Spread(*(steps, steps, ones, steps, steps, ones, steps, steps, ones), median_error=0.0)
+    bits = Series(steps, steps, steps, {"spread": ones}, {"spread": ones})
+    each = Ranks(np.arange(64), steps, steps, np.ones((64, 3)), np.ones((64, 3)))
+
+    figure, _ = ranks.ranks_figure(ranks.RankValues(spread, bits, each), 0, 2, None)
+
+    assert [trace["about"]["name"] for trace in figure["traces"]] == ["smallest", "largest", "spread"]
 
 
 def test_ranking_puts_nan_before_overflow_before_underflow_and_lists_a_slot_once() -> None:

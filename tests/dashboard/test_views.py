@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import QUANTITIES, Reader, StorageError
 from fp8scope_dashboard import queries
 from fp8scope_dashboard.charts import tensor
+from fp8scope_dashboard.views import advice
 
 OpenApp = Callable[..., AppTest]
 HOSTILE = '<img src=x onerror=alert(1)>**$\\text{x}$** :smile: [a](javascript:alert(1)) & "q" `c`'
@@ -232,6 +235,74 @@ def test_findings_of_many_tensors_are_one_line_and_are_acknowledged_together(
     assert panel(seen, "findings")["entries"][0]["seen"]["by"] == "ada"
     assert panel(open_app(url), "table")["rows"][0]["cells"][3]["marks"] == [{"dot": "info", "text": "1"}]
     assert panel(open_app(url, run="gpt"), "findings")["entries"][0]["severity"] == "info"
+
+
+def test_a_run_that_nobody_diagnosed_is_not_called_healthy(
+    open_app: OpenApp, tmp_path: Path, record: Callable[..., int]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_engine(url)
+    migrate(engine)
+    record(engine, "gpt", ["blocks.0.fc"])
+    before = panel(open_app(url, run="gpt"), "findings")["empty"]
+    st.cache_resource.clear()
+    with engine.begin() as connection:
+        values = {"run_id": 1, "step": 39, "rows": 40, "sources_json": "{}", "updated_unix_ns": 0}
+        connection.execute(schema.judged.insert().values(**values))
+    engine.dispose()
+
+    after = panel(open_app(url, run="gpt"), "findings")["empty"]
+
+    assert before.startswith("Not diagnosed: ")
+    assert before.endswith(f"fp8scope diagnose gpt --db {url}")
+    assert after == "No open findings up to step 39."
+
+
+def test_a_tensor_of_several_ranks_shows_them_apart(
+    open_app: OpenApp, tmp_path: Path, record: Callable[..., int]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_engine(url)
+    migrate(engine)
+    record(engine, "gpt", ["blocks.0.fc"], ranks=2)
+    engine.dispose()
+
+    app = open_app(url, run="gpt", layer="blocks.0.fc", role="input")
+
+    assert not app.exception
+    title = next(data for data in panels(app) if data.get("title") == "2 ranks")
+    assert title["subtitle"] == (
+        "rank 1 is the largest everywhere; rank 0 is the smallest everywhere; farthest apart at step 0: 1 bit"
+    )
+    drawn = [data for data in panels(app) if data["kind"] == "chart"]
+    names = [trace["about"]["name"] for trace in drawn[1]["figure"]["traces"]]
+    assert names == ["smallest", "largest", "rank 0", "rank 1", "spread"]
+
+
+def test_scales_say_which_constants_would_do(open_app: OpenApp, recorded: str) -> None:
+    app = open_app(recorded, run="gpt", view="scales")
+
+    assert not app.exception
+    rows = next(data for data in panels(app) if data.get("columns", [{}, {}])[1].get("text") == "a constant scale")[
+        "rows"
+    ]
+    assert [row["cells"][0]["text"] for row in rows] == ["input", "weight", "grad_output", "all roles"]
+    constant, refresh = queries.advice(next(run for run in queries.runs() if run.name == "gpt"))
+    assert rows[0]["cells"][2]["text"] == constant[0].lower.tensor
+    assert rows[0]["cells"][5]["text"] == f"{refresh[0].interval} step" + "s" * (refresh[0].interval > 1)
+
+
+def test_a_very_long_run_is_advised_on_the_command_line(
+    open_app: OpenApp, recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "MOST_ROWS", 100)
+
+    app = open_app(recorded, run="gpt", view="scales")
+
+    assert (
+        app.caption[0].value
+        == f"That reads all 720 rows, which is for the command line: `fp8scope advise gpt --db {recorded}`"
+    )
 
 
 def test_system_shows_the_database_and_each_agent(open_app: OpenApp, recorded: str) -> None:

@@ -415,6 +415,12 @@ class Reader:
         with self._connect() as connection:
             return read_findings(connection, run_id, open_only=open_only, severity=severity, limit=limit)
 
+    def judged_step(self, run_id: int) -> int | None:
+        """The step up to which the collector's diagnosis has judged a run; None: it never looked at it."""
+        with self._connect() as connection:
+            judged = schema.judged.c
+            return connection.scalar(sa.select(judged.step).where(judged.run_id == run_id, judged.step >= 0))
+
     def system(self) -> SystemState:
         """How large the database is, and what it knows of the agents."""
         with self._connect() as connection:

@@ -462,7 +462,8 @@ function pointLines(points) {
     const about = point.data.about;
     if (about && about.name) {
       const value = about.values ? about.values[point.pointIndex] : point.y;
-      lines.push([about.name, formatted(value, about.format)]);
+      const rank = about.ranks && about.ranks[point.pointIndex] >= 0 ? `, rank ${about.ranks[point.pointIndex]}` : "";
+      lines.push([about.name, formatted(value, about.format) + rank]);
     }
   }
   return lines;
@@ -583,7 +584,7 @@ function significant(v) {
 const power = (e) => (Number.isInteger(e) ? `2${superscript(e)}` : `2^${significant(e)}`);
 const FORMATS = {
   number: significant,
-  bits: (v) => `${significant(v)} bits`,
+  bits: (v) => `${significant(v)} bit${v === 1 ? "" : "s"}`,
   change: (v) => `${v > 0 ? "+" : ""}${significant(v)}`,
   exp2: power,
   log2: (v) => `${significant(2 ** v)} = ${power(Math.abs(v - Math.round(v)) < 1e-9 ? Math.round(v) : v)}`,

@@ -75,7 +75,19 @@ def strip(where: links.Where, run_id: int) -> None:
         to = where.leave(view="findings", show=shown)
         rest = {"more": {"text": f"all {text.count(len(waiting))} findings", "to": to}}
         entries = entries[:IN_STRIP]
-    shell.follow(panel.findings("strip", entries, empty="No open findings.", compact=True, **rest))
+    empty = "" if entries else _nothing(where, run_id)
+    shell.follow(panel.findings("strip", entries, empty=empty, compact=True, **rest))
+
+
+def _nothing(where: links.Where, run_id: int) -> str:
+    """Nothing was found, as far as anybody has looked."""
+    judged = queries.judged_step(run_id)
+    if judged is None and not queries.findings(run_id):
+        return (
+            "Not diagnosed: the collector looks at runs while they go on, unless it was started with --diagnosis off. "
+            f"By hand: fp8scope diagnose {where.run} --db {queries.shown_database()}"
+        )
+    return "No open findings." if judged is None else f"No open findings up to step {text.count(judged)}."
 
 
 def of_tensor(run_id: int, slot: int) -> None:

@@ -11,7 +11,7 @@ from fp8scope_collector.storage.reader import HeatMap, RunSummary, Slot
 from fp8scope_dashboard import links, names, queries, text
 from fp8scope_dashboard.charts import scales
 from fp8scope_dashboard.component import panel
-from fp8scope_dashboard.views import shell
+from fp8scope_dashboard.views import advice, shell
 
 
 def view() -> None:
@@ -28,6 +28,7 @@ def view() -> None:
         shell.range_slider(where, run)
         shell.filter_box(where, "filter: blocks.1*.mlp*  /regex/", width=185)
     st.fragment(shell.guarded(_body), run_every=shell.live(run))(where)
+    advice.section(run)
 
 
 def _header(where: links.Where) -> None:

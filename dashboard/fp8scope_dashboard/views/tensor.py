@@ -11,7 +11,7 @@ import streamlit as st
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import RunSummary, Series, Slot
 from fp8scope_dashboard import links, queries, text
-from fp8scope_dashboard.charts import tensor
+from fp8scope_dashboard.charts import ranks, tensor
 from fp8scope_dashboard.component import panel
 from fp8scope_dashboard.views import findings, shell
 
@@ -74,6 +74,8 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
         )
         parts = {"view": explicit, "clickable": True, "note": _note(series), "files": where.params()}
         events.append(panel.chart("tensor", figure, height=height, **parts))
+        if run.world_size > 1:
+            events.append(_ranks(run, chosen, first, last, where.step, explicit))
     with beside:
         if series.step.size:
             _facts(series, chosen, where.step)
@@ -91,6 +93,16 @@ def _body(where: links.Where, chosen: Slot, mine: list[Slot]) -> None:
             shell.go(replace(where, role=role, step=event.step))
         else:
             shell.follow(event)
+
+
+def _ranks(
+    run: RunSummary, slot: Slot, first: int, last: int, step: int | None, explicit: list[int] | None
+) -> panel.Event | None:
+    """The same tensor rank by rank."""
+    found = queries.ranks(run, slot.slot, first, last)
+    panel.title("ranks title", f"{text.count(found.each.ranks.size)} ranks", ranks.verdict(found))
+    figure, height = ranks.ranks_figure(found, first, last, step)
+    return panel.chart("ranks", figure, height=height, view=explicit, files={})
 
 
 def _series(run: RunSummary, slot: Slot, first: int, last: int) -> Series:
