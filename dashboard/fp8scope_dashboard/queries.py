@@ -8,6 +8,7 @@ asks the run's cursor and reads the columns that may have changed; a resume or a
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import time
@@ -118,22 +119,24 @@ def _settled_scalars(url: str, run_id: int, _incarnations: int, first_step: int,
 
 
 @st.cache_resource(ttl=1.5, max_entries=64, show_spinner=False)
-def _newest_scalars(url: str, run_id: int, _rows: int, first_step: int, last_step: int) -> list[Scalar]:
-    return _reader(url).scalars(run_id, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS)
+def _newest_scalars(
+    url: str, run_id: int, _rows: int, first_step: int, last_step: int, max_points: int
+) -> list[Scalar]:
+    return _reader(url).scalars(run_id, first_step=first_step, last_step=last_step, max_points=max_points)
 
 
 def scalars(run: RunSummary, first_step: int, last_step: int) -> list[Scalar]:
     """The scalars of a run over a range of steps; of a run that grows, only what is new is read at each tick."""
     url, settled = database_url(), _settled_step(run, first_step, last_step)
     if settled is None:
-        return _newest_scalars(url, run.id, run.rows, first_step, last_step)
+        return _newest_scalars(url, run.id, run.rows, first_step, last_step, panels.MAX_POINTS)
     old = {scalar.name: scalar for scalar in _settled_scalars(url, run.id, run.incarnations, first_step, settled)}
-    new = {scalar.name: scalar for scalar in _newest_scalars(url, run.id, run.rows, settled + 1, last_step)}
+    most = max((scalar.step for scalar in old.values()), key=len, default=_NO_STEP)
+    points = _as_fine_as(most, settled + 1, last_step)
+    new = {s.name: s for s in _newest_scalars(url, run.id, run.rows, settled + 1, last_step, points)}
     both = [_joined_scalar(old[name], new[name]) for name in old if name in new]
-    return sorted(
-        [*both, *(found[name] for found in (old, new) for name in found if (name in old) != (name in new))],
-        key=lambda scalar: scalar.name,
-    )
+    alone = [found[name] for found in (old, new) for name in found if (name in old) != (name in new)]
+    return sorted([*both, *alone], key=lambda scalar: scalar.name)
 
 
 def _joined_scalar(old: Scalar, new: Scalar) -> Scalar:
@@ -149,30 +152,42 @@ def _settled_step(run: RunSummary, first_step: int, last_step: int) -> int | Non
     return None if ended or settled <= first_step or last_step < (run.last_step or 0) else settled
 
 
+def _as_fine_as(step: Ints, first_step: int, last_step: int) -> int:
+    """How many points make a stretch as fine as the one before, whose points begin at `step`: a seam would show."""
+    usual = float(np.median(np.diff(step))) if step.size > 1 else 1.0
+    width = 2 ** round(math.log2(max(1.0, usual)))
+    return last_step // width - first_step // width + 1
+
+
 @st.cache_resource(ttl=60.0, max_entries=256, show_spinner=False)
-def _settled_series(url: str, run_id: int, _incarnations: int, slot: int, first_step: int, last_step: int) -> Series:
+def _settled_series(
+    url: str, run_id: int, _incarnations: int, slot: int, first_step: int, last_step: int, max_points: int
+) -> Series:
     return _reader(url).series(
-        run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
+        run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=max_points
     )
 
 
 @st.cache_resource(ttl=1.5, max_entries=256, show_spinner=False)
-def _newest_series(url: str, run_id: int, _rows: int, slot: int, first_step: int, last_step: int) -> Series:
+def _newest_series(
+    url: str, run_id: int, _rows: int, slot: int, first_step: int, last_step: int, max_points: int
+) -> Series:
     return _reader(url).series(
-        run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=panels.MAX_POINTS
+        run_id, slot, tensor.FIELDS, first_step=first_step, last_step=last_step, max_points=max_points
     )
 
 
-def series(run: RunSummary, slot: int, first_step: int, last_step: int) -> Series:
+def series(run: RunSummary, slot: int, first_step: int, last_step: int, max_points: int = panels.MAX_POINTS) -> Series:
     """Everything that is recorded about one slot over a range of steps.
 
     Of a run that grows only what lies above a round number of steps is read at each tick.
     """
     url, settled = database_url(), _settled_step(run, first_step, last_step)
     if settled is None:
-        return _newest_series(url, run.id, run.rows, slot, first_step, last_step)
-    old = _settled_series(url, run.id, run.incarnations, slot, first_step, settled)
-    new = _newest_series(url, run.id, run.rows, slot, settled + 1, last_step)
+        return _newest_series(url, run.id, run.rows, slot, first_step, last_step, max_points)
+    old = _settled_series(url, run.id, run.incarnations, slot, first_step, settled, max_points)
+    points = _as_fine_as(old.step, settled + 1, last_step)
+    new = _newest_series(url, run.id, run.rows, slot, settled + 1, last_step, points)
     return joined(old, new)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import streamlit as st
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import RunSummary, Slot
 from fp8scope_dashboard import links, names, queries, text
-from fp8scope_dashboard.charts import compare, overview
+from fp8scope_dashboard.charts import compare, overview, panels
 from fp8scope_dashboard.component import panel
 from fp8scope_dashboard.views import run as run_view
 from fp8scope_dashboard.views import shell
@@ -229,7 +230,9 @@ def _tensor(
     for run, span in zip(runs, spans, strict=True):
         number = next((s.slot for s in queries.slots_of(run) if (s.layer, s.role) == (chosen.layer, chosen.role)), None)
         if number is not None:
-            curves.append((run.ref, queries.series(run, number, *span)))
+            share = (span[1] - span[0] + 1) / (last - first + 1)  # as fine as the others: extremes grow with a column
+            points = max(2, math.ceil(share * panels.MAX_POINTS))
+            curves.append((run.ref, queries.series(run, number, *span, points)))
         else:
             curves.append((run.ref, queries.NOTHING))
     panel.title("tensor title", f"{chosen.role.value} of {chosen.layer}", "in all runs")
