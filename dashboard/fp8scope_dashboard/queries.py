@@ -155,7 +155,7 @@ def _settled_step(run: RunSummary, first_step: int, last_step: int) -> int | Non
 def _as_fine_as(step: Ints, first_step: int, last_step: int) -> int:
     """How many points make a stretch as fine as the one before, whose points begin at `step`: a seam would show."""
     usual = float(np.median(np.diff(step))) if step.size > 1 else 1.0
-    width = 2 ** round(math.log2(max(1.0, usual)))
+    width = int(2 ** round(math.log2(max(1.0, usual))))
     return last_step // width - first_step // width + 1
 
 
@@ -394,15 +394,15 @@ class LiveHeatMaps:
     progress: Progress | None = None
     _maps: list[_Growing] = field(default_factory=list)
     _read_at: float = 0.0
-    _medians: tuple[int, Matrix] | None = None
+    _usual: tuple[int, overview.Usual] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def medians(self, heatmap: HeatMap) -> Matrix:
-        """Each row's median of the scale, kept until there are a tenth more columns, so that old columns stay."""
+    def usual_range(self, heatmap: HeatMap) -> overview.Usual:
+        """Where the scales usually are, kept until there are a tenth more columns, so that old columns stay."""
         columns = heatmap.low.shape[1]
-        known = self._medians
+        known = self._usual
         if known is None or not known[0] <= columns <= 1.1 * known[0]:
-            known = self._medians = (columns, overview.median(heatmap.low))
+            known = self._usual = (columns, overview.usual_range(heatmap))
         return known[1]
 
     def read(self) -> dict[Quantity, HeatMap]:
@@ -423,7 +423,7 @@ class LiveHeatMaps:
             width, first_column = self._maps[0].width, self._maps[0].first_column
             whole = end // width - first_column + 1 > panels.MAX_COLUMNS
         if whole:
-            self._medians = None
+            self._usual = None
             found = source.heatmaps(
                 self.run_id, self.quantities, first_step=self.first_step, last_step=end, max_columns=panels.MAX_COLUMNS
             )

@@ -46,14 +46,24 @@ def test_headroom_is_coloured_against_the_margin() -> None:
     np.testing.assert_array_equal(shown.exact - shown.reference, [[0.5, -4.0]])
 
 
-def test_scale_is_coloured_against_its_median_and_the_farther_extreme_wins() -> None:
+def test_scale_is_coloured_against_its_usual_range_and_the_farther_extreme_wins() -> None:
     low, high = np.array([[4.0, 4, 4, 1, np.nan]]), np.array([[4.0, 5, 4, 4, np.nan]])
     heatmap = HeatMap("scale_exp2", 1, 0, np.array([0]), low, high)
 
     shown = overview.ready(heatmap, np.array([0]), [a_slot(0)])
 
-    assert shown.reference is not None
-    np.testing.assert_array_equal(shown.exact - shown.reference, [[0, 1, 0, -3, np.nan]])
+    np.testing.assert_array_equal(shown.exact, [[0, 1, 0, -3, np.nan]])
+
+
+def test_a_scale_that_varies_within_each_column_as_always_has_no_colour() -> None:
+    low, high = np.array([[4.0, 4, 4, 5, 2, 4]]), np.array([[6.0, 6, 6, 5, 6, 7]])
+    heatmap = HeatMap("scale_exp2", 32, 0, np.array([0]), low, high)
+
+    shown = overview.ready(heatmap, np.array([0]), [a_slot(0)])
+
+    np.testing.assert_array_equal(shown.exact, [[0, 0, 0, 0, -2, 1]])
+    assert shown.usual is not None
+    assert shown.usual[:, 0, 0].tolist() == [4, 6]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +95,7 @@ def test_a_row_of_many_layers_has_the_worst_ones_colour_and_a_click_opens_that_o
     assert found.slot == 801 + worse
 
 
-def test_a_tick_changes_no_old_column_when_a_median_moves() -> None:
+def test_a_tick_changes_no_old_column_when_what_is_usual_moves() -> None:
     grid = np.zeros((1200, 41))
     grid[5, 20:] = 7
     slots = [a_slot(i) for i in range(1200)]
@@ -93,11 +103,11 @@ def test_a_tick_changes_no_old_column_when_a_median_moves() -> None:
 
     def drawn(columns: int) -> Any:
         heatmap = HeatMap("scale_exp2", 1, 0, np.arange(1200), grid[:, :columns], grid[:, :columns])
-        shown = overview.made_ready(heatmap, slots, live.medians(heatmap))
+        shown = overview.made_ready(heatmap, slots, live.usual_range(heatmap))
         (facet,) = overview.overview(heatmap, slots, [], 0, columns, shown=shown)[0]["traces"]
         return facet["z"]["$fixed"]
 
-    assert [overview.median(grid[:, :columns])[5] for columns in (39, 41)] == [0, 7]
+    assert [np.median(grid[5, :columns]) for columns in (39, 41)] == [0, 7]
     np.testing.assert_array_equal(drawn(39), drawn(41)[:, :39])
 
 

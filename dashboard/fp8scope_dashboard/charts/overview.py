@@ -1,9 +1,11 @@
 """The chart of the run page: scalars above, below them layers x steps, one facet for each role, one step axis.
 
 Each quantity says what its colour means: shares on a log scale that begins at the smallest share seen (exact zeros have
-the colour of the ground), headroom relative to the recipe's margin, the scale relative to its median over the steps
-shown, so that a tensor that behaves as it always did has no colour. A model with more layers than there are pixels has
-several layers in a row, whose colour is the worst one's: as with columns of several steps, no extreme is lost.
+the colour of the ground), headroom relative to the recipe's margin, the scale by how far it leaves its usual range (the
+medians of what columns have as smallest and largest), so that a tensor that behaves as it always did has no colour.
+
+A model with more layers than there are pixels has several layers in a row, whose colour is the worst one's: as with
+columns of several steps, no extreme is lost.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from fp8scope_dashboard import text, theme
 from fp8scope_dashboard.charts.panels import Stack, flat_where_missing, gaps_of, layer_axis, together, with_gaps
 
 Matrix = npt.NDArray[np.float64]
+Usual = npt.NDArray[np.float64]  # the usual lowest and highest value of each row: [2, rows, 1]
 
 TITLES: dict[str, str] = {
     "headroom": "headroom − margin, bits",
-    "scale_exp2": "log2 scale, distance from its median",
+    "scale_exp2": "log2 scale, distance from its usual range",
     "amax": "amax, log2",
     "overflow": "overflow, share of elements",
     "underflow": "underflow, share of elements",
@@ -46,7 +49,6 @@ WORDS: dict[str, tuple[str, str]] = {  # what the pointer calls it, and how it w
     "spread": ("spread", "bits"),
 }
 AGAINST: dict[str, tuple[str, str]] = {  # the same where only the distance from what is usual is known
-    "scale_exp2": ("vs median", "change"),
     "headroom": ("vs margin", "change"),
     "sqnr_db": ("vs usual", "change"),
 }
@@ -72,6 +74,7 @@ class Shown:
     title: str = ""
     per: int = 200  # the fixed-point unit that travels is 1/per
     lines: list[dict[str, Any]] = field(default_factory=list)  # what the pointer says
+    usual: Usual | None = None  # of the scale, whose `exact` is the distance from it
     worse: Literal["high", "low", "far"] = "high"
 
     def of(self, rows: Sequence[int]) -> Matrix:
@@ -173,13 +176,13 @@ def _facet_px(roles: int, per_role: int) -> tuple[float, float]:
     return 70 if per_role < 8 else 150, _FACETS_PX / roles + 70
 
 
-def made_ready(heatmap: HeatMap, slots: Sequence[Slot], medians: Matrix | None = None) -> Shown:
-    """What is coloured and how, in words; `medians` as `ready`."""
-    return _worded(heatmap, ready(heatmap, np.searchsorted(heatmap.slots, [s.slot for s in slots]), slots, medians))
+def made_ready(heatmap: HeatMap, slots: Sequence[Slot], usual: Usual | None = None) -> Shown:
+    """What is coloured and how, in words; `usual` as `ready`."""
+    return _worded(heatmap, ready(heatmap, np.searchsorted(heatmap.slots, [s.slot for s in slots]), slots, usual))
 
 
-def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], medians: Matrix | None = None) -> Shown:
-    """What is coloured and how, for the given rows; `medians` are those of all rows of the map where they are known."""
+def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], usual: Usual | None = None) -> Shown:
+    """What is coloured and how, for the given rows; `usual` is that of all rows of a map of scales, where known."""
     quantity: str = heatmap.quantity
     every = np.array_equal(rows, np.arange(heatmap.slots.size))
     low, high = (side if every else side[rows] for side in (heatmap.low, heatmap.high))
@@ -190,9 +193,9 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], 
         ticks = [(-6.0, "−6"), (-4.0, "−4"), (-2.0, "−2"), (0.0, "margin"), (2.0, "+2"), (4.0, "+4"), (6.0, "+6")]
         return Shown(low, margins, _maps(theme.HEADROOM), -6, 6, ticks, worse="low")
     if quantity == "sqnr_db":
-        usual = np.array([USUAL_SQNR_DB.get(slot.format, np.nan) for slot in slots])[:, None]
+        expected = np.array([USUAL_SQNR_DB.get(slot.format, np.nan) for slot in slots])[:, None]
         ticks = [(-12.0, "−12"), (-8.0, "−8"), (-4.0, "−4"), (0.0, "usual"), (4.0, "+4"), (8.0, "+8"), (12.0, "+12")]
-        return Shown(low, usual, _maps(theme.HEADROOM), -12, 12, ticks, worse="low")
+        return Shown(low, expected, _maps(theme.HEADROOM), -12, 12, ticks, worse="low")
     if quantity == "spread":
         top = max(2.0, math.ceil(float(np.nanmax(high)))) if np.isfinite(high).any() else 2.0
         ends = np.unique(np.linspace(0, top, 5).round())
@@ -205,13 +208,16 @@ def ready(heatmap: HeatMap, rows: npt.NDArray[np.int64], slots: Sequence[Slot], 
         marks = np.unique(np.linspace(bottom, top, 6).round())
         maps = _maps({"light": theme.CIVIDIS, "dark": theme.CIVIDIS})
         return Shown(z, None, maps, bottom, top, [(mark, text.exp2(mark)) for mark in marks])
-    reference = median(low) if medians is None else medians[rows]
-    farther = np.where(low + high >= 2 * reference, high, low)
-    some = slice(None, None, -(-farther.size // _QUANTILE_VALUES) if farther.size else 1)
-    size = max(2.0, math.ceil(_quantile(np.abs(farther[:, some] - reference), 0.99)))
+    lowest, highest = usual_range(heatmap)[:, rows] if usual is None else usual[:, rows]
+    above, below = high - highest, low - lowest
+    change = np.where(above >= -below, np.fmax(above, 0.0), np.fmin(below, 0.0))
+    change[np.isnan(above)] = np.nan
+    some = slice(None, None, -(-change.size // _QUANTILE_VALUES) if change.size else 1)
+    size = max(2.0, math.ceil(_quantile(np.abs(change[:, some]), 0.99)))
     marks = np.unique(np.linspace(-size, size, 5).round())
     words = [(mark, f"{mark:+.0f}".replace("-", "−") if mark else "0") for mark in marks]
-    return Shown(farther, reference, _maps(theme.DIVERGING), -size, size, words, worse="far")
+    where = np.stack([lowest, highest])
+    return Shown(change, None, _maps(theme.DIVERGING), -size, size, words, usual=where, worse="far")
 
 
 def _worded(heatmap: HeatMap, shown: Shown) -> Shown:
@@ -220,7 +226,7 @@ def _worded(heatmap: HeatMap, shown: Shown) -> Shown:
     name, form = WORDS.get(quantity, (quantity, "log10share"))
     lines: list[dict[str, Any]] = [{"name": name, "format": form}]
     if quantity == "scale_exp2":
-        lines.append({"name": "vs median", "format": "change", "minus": True})
+        lines = [{"name": name, "format": form, "usual": True}, {"name": "vs usual", "format": "change"}]
     per = 1000 if quantity in SHARES else 100 if quantity == "sqnr_db" else 200
     return replace(shown, title=TITLES[quantity], per=per, lines=lines)
 
@@ -301,10 +307,12 @@ def _add_facet(
         if shown.reference is not None:  # the browser subtracts: one matrix travels, not two
             z["rows"] = shown.reference[rows, 0].tolist()
         about |= {"lines": shown.lines, "names": [slot.layer for slot in slots]}
+        if shown.usual is not None:
+            about["usual"] = shown.usual[:, rows, 0].T.tolist()
     else:
         z["$fixed"] = about["values"] = fixed(_worst_of(shown.of(rows), each, shown.worse), shown.per)
         words = AGAINST.get(heatmap.quantity) if shown.reference is not None else None
-        lines = [{"name": words[0], "format": words[1]}] if words else shown.lines
+        lines = [{"name": words[0], "format": words[1]}] if words else shown.lines[-1:]
         about |= {"lines": lines, "names": _row_names(tuple(slot.layer for slot in slots), each)}
     about["slots"] = [slot.slot for slot in slots[::each]]
     role = slots[0].role
@@ -404,7 +412,12 @@ def by_importance(scalars: Sequence[Scalar]) -> list[Scalar]:
     return sorted(scalars, key=rank)
 
 
-def median(values: Matrix) -> Matrix:
+def usual_range(heatmap: HeatMap) -> Usual:
+    """Of each row the medians of its columns' smallest and largest values: [2, rows, 1]."""
+    return np.stack([_median(heatmap.low), _median(heatmap.high)])
+
+
+def _median(values: Matrix) -> Matrix:
     """Each row's median in whole powers of two, as a column; 0 where nothing is recorded."""
     if not values.shape[1]:
         return np.zeros((len(values), 1))

@@ -446,8 +446,18 @@ function cellLines(point) {
   const lines = [[null, about.names[row]]];
   if (about.role) lines.push(["role", about.role]);
   lines.push([about.width > 1 ? "steps" : "step", steps]);
-  for (const line of about.lines) lines.push([line.name, formatted(line.minus ? point.z : unfixed(about.values[row][column], about.per), line.format)]);
+  for (const line of about.lines) {
+    const value = line.minus ? point.z : unfixed(about.values[row][column], about.per);
+    lines.push([line.name, line.usual ? fromUsual(value, about.usual[row], line.format) : formatted(value, line.format)]);
+  }
   return lines;
+}
+
+// A value that travels as its distance from what is usual, below or above it.
+function fromUsual(distance, [lowest, highest], format) {
+  if (Number.isNaN(distance)) return formatted(distance, format);
+  const usual = lowest === highest ? formatted(lowest, format) : `${formatted(lowest, format)} … ${formatted(highest, format)}`;
+  return distance === 0 ? usual : `${formatted(distance + (distance < 0 ? lowest : highest), format)}, usually ${usual}`;
 }
 
 function namedLines(point) {

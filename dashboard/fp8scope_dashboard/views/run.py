@@ -144,8 +144,8 @@ def _body(where: links.Where, drawn_to: int) -> None:
     scalars = queries.scalars(run, first, last)
     chart, beside = st.columns([3.5, 1], gap="small")
     with chart:
-        medians = live.medians(heatmap) if where.quantity == "scale_exp2" else None
-        shown = overview.made_ready(heatmap, slots, medians)
+        usual = live.usual_range(heatmap) if where.quantity == "scale_exp2" else None
+        shown = overview.made_ready(heatmap, slots, usual)
         figure, height = overview.overview(heatmap, slots, scalars, first, last, shown=shown)
         explicit = None if (where.first_step, where.last_step) == (None, None) else [first, last]
         note = [
