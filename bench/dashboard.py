@@ -1,20 +1,22 @@
 """How long the dashboard's views take on a large run, what a live tick costs, and whether memory stays flat.
 
 The run has 560 layers x 3 roles x 12,000 steps x 4 ranks, 80 million rows, written through the collector's writer
-with its rollups. A real browser (Chromium by Playwright) opens each view in a new profile, then again in the same; a
-proxy between browser and server counts bytes as they are on the wire. A thread goes on writing during the ticks.
+with its rollups. A real browser (Chromium by Playwright, its profile on disk) opens each view in a new profile, then
+five times more in the same; a proxy between browser and server counts bytes as they are on the wire. A thread goes on
+writing during the ticks.
 
-    python bench/dashboard.py [--db FILE] [--steps 12000] [--ranks 4] [--viewers 5] [--viewers-for 300]
+    python bench/dashboard.py [--db FILE] [--only views|ticks|viewers] [--views run,tensor] [--viewers-for 300]
 
 The database stays where `--db` says and is continued by the next call, so that it need not be written in one go
-(`--build-for SECONDS` only writes).
+(`--build-for SECONDS` only writes, which takes eight minutes in all). What is measured goes to results/dashboard.json,
+and results/dashboard.md is written from it, so that the parts can be measured one by one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import json
 import os
 import platform
 import re
@@ -28,9 +30,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from playwright.sync_api import BrowserContext, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwright
 
 from fp8core.records import Role
 from fp8scope_collector.messages import Batch, Opening, SlotSpec, Source
@@ -45,6 +48,8 @@ RUN = "large"
 STEPS_A_BATCH = 8
 WARM_UP_S = 10
 RESULTS = Path(__file__).parent / "results" / "dashboard.md"
+MEASURED = RESULTS.with_suffix(".json")
+WARM = 5  # visits after the first
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --no-first-run"
 READY = {
     "runs": ("", ".fs-row"),
@@ -218,55 +223,120 @@ def rss_mib(pid: int) -> float:
     return int(found[1]) / 1024
 
 
-def measure_ticks(page: Page, proxy: Proxy, pid: int, recording: Recording, seconds: float) -> list[str]:
+@contextmanager
+def profile(playwright: Playwright, chromium: str, **options: Any) -> Iterator[BrowserContext]:
+    """A browser with a new profile on disk, as a person's is: its cache holds files and compiled scripts."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = playwright.chromium.launch_persistent_context(
+            folder, executable_path=chromium, args=FLAGS.split(), **options
+        )
+        yield context
+        context.close()
+
+
+def measure_views(playwright: Playwright, chromium: str, address: str, views: list[str]) -> dict[str, list[float]]:
+    """Of each view seconds to the first useful paint: in a new profile, at the second visit, median of later ones."""
+    found = {}
+    for view in views:
+        query, ready = READY[view]
+        with profile(playwright, chromium, viewport={"width": 1400, "height": 1000}) as context:
+            visits = []
+            for _ in range(1 + WARM):
+                page = context.new_page()
+                visits.append(paint_s(page, f"{address}/?{query}", ready))
+                page.wait_for_timeout(1000)  # a script is compiled for the cache after it ran
+                page.close()
+            found[view] = [visits[0], visits[1], float(np.median(visits[2:]))]
+        print(view, *(f"{seconds:.2f} s" for seconds in found[view]), flush=True)
+    return found
+
+
+class Growth:
+    """A thread that writes one step of all ranks each second."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write)
+
+    def _write(self) -> None:
+        while not self._stop.wait(1.0):
+            self._recording.grow(1)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+VERSION = "Number(document.querySelector('[data-columns]').dataset.version)"
+SCROLLED = "document.querySelector('[data-testid=stMain]').scrollTop"
+LEFT_END = "Math.round(document.querySelector('.fs-plot').layout.xaxis.range[0])"
+
+
+def ticks_seen(page: Page, seconds: float) -> int:
+    """How often the chart changed."""
+    seen, ticks, ended = page.evaluate(VERSION), 0, time.monotonic() + seconds
+    while time.monotonic() < ended:
+        page.wait_for_timeout(100)
+        if (now := page.evaluate(VERSION)) != seen:
+            seen, ticks = now, ticks + 1
+    return ticks
+
+
+def measure_ticks(page: Page, proxy: Proxy, pid: int, recording: Recording, seconds: float) -> dict[str, str]:
     """Server time and bytes of a tick while the run grows by a step each second; zoom and scroll stay."""
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.wait(1.0):
-            recording.grow(1)
-
-    writer = threading.Thread(target=write)
+    page.wait_for_timeout(1000 * WARM_UP_S)
+    page.mouse.move(400, 500)
     page.mouse.wheel(0, 300)
     page.wait_for_timeout(1500)
-    scrolled = page.evaluate("document.querySelector('[data-testid=stMain]').scrollTop")
-    version = "Number(document.querySelector('[data-columns]').dataset.version)"
-    writer.start()
-    try:
+    scrolled = page.evaluate(SCROLLED)
+    with Growth(recording):
         page.wait_for_timeout(4000)
-        before, processor, seen, ticks = proxy.to_browser, cpu_s(pid), page.evaluate(version), 0
-        ended = time.monotonic() + seconds
-        while time.monotonic() < ended:
-            page.wait_for_timeout(100)
-            if (now := page.evaluate(version)) != seen:
-                seen, ticks = now, ticks + 1
+        before, processor = proxy.to_browser, cpu_s(pid)
+        ticks = ticks_seen(page, seconds)
         sent, used = proxy.to_browser - before, cpu_s(pid) - processor
-    finally:
-        stop.set()
-        writer.join()
-    same = page.evaluate("document.querySelector('[data-testid=stMain]').scrollTop") == scrolled
-    return [
-        f"| bytes on the wire a tick | {sent / max(1, ticks) / 1000:,.1f} kB |",
-        f"| server's processor time a tick (all of the page's fragments) | {1000 * used / max(1, ticks):,.0f} ms |",
-        f"| ticks seen in {seconds:.0f} s | {ticks} |",
-        f"| scroll position kept | {'yes' if same else 'no'} |",
-    ]
+        same = page.evaluate(SCROLLED) == scrolled
+        page.evaluate("document.querySelector('[data-testid=stMain]').scrollTo(0, 0)")
+        page.wait_for_timeout(500)
+        box = page.locator(".fs-plot .nsewdrag").first.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"], box["y"] + 40, steps=8)
+        page.mouse.up()
+        page.wait_for_url("**range=*")
+        page.wait_for_timeout(4000)
+        left, address = page.evaluate(LEFT_END), page.url
+        zoomed_ticks = ticks_seen(page, seconds / 2)
+        kept = (page.evaluate(LEFT_END), page.url) == (left, address) and left > 0
+    return {
+        "bytes on the wire a tick": f"{sent / max(1, ticks) / 1000:,.1f} kB",
+        "server's processor time a tick, all of the page": f"{1000 * used / max(1, ticks):,.0f} ms",
+        "ticks seen": f"{ticks} in {seconds:.0f} s",
+        "scroll position kept over them": "yes" if same and scrolled else "no",
+        "zoom kept": f"{'yes' if kept else 'no'}, from step {left:,} on, over {zoomed_ticks} ticks",
+    }
 
 
-def measure_viewers(contexts: list[BrowserContext], address: str, pid: int, seconds: float) -> str:
-    """Memory of the server while several people look at a run."""
+def measure_viewers(contexts: list[BrowserContext], address: str, pid: int, seconds: float) -> dict[str, str]:
+    """Memory of the server while several people look at a run that grows."""
     for context in contexts:
         paint_s(context.new_page(), address, READY["run"][1])
     time.sleep(min(30.0, seconds / 4))
-    sizes = []
+    sizes, processor = [], cpu_s(pid)
     ended = time.monotonic() + seconds
     while time.monotonic() < ended:
         sizes.append(rss_mib(pid))
         time.sleep(min(15.0, seconds / 8))
-    return (
-        f"| {len(contexts)} viewers for {seconds:.0f} s, memory of the server | {sizes[0]:,.0f} MiB at first, "
-        f"{max(sizes):,.0f} at most, {sizes[-1]:,.0f} at the end |"
-    )
+    said = f"{sizes[0]:,.0f} MiB at first, {max(sizes):,.0f} at most, {sizes[-1]:,.0f} at the end"
+    used = (cpu_s(pid) - processor) / seconds
+    return {
+        f"{len(contexts)} viewers for {seconds:.0f} s, memory of the server": said,
+        f"{len(contexts)} viewers, processor of the server": f"{used:.0%} of one core",
+    }
 
 
 def build(url: str, steps: int, ranks: int, until: float) -> bool:
@@ -292,48 +362,82 @@ def main() -> None:
     parser.add_argument("--viewers", type=int, default=5)
     parser.add_argument("--viewers-for", type=float, default=300, metavar="SECONDS")
     parser.add_argument("--build-for", type=float, metavar="SECONDS", help="only write the database, at most so long")
+    parser.add_argument(
+        "--only", choices=("views", "ticks", "viewers"), help="measure a part, and keep the other figures"
+    )
+    parser.add_argument("--views", default=",".join(READY), help="which views are opened")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     options = parser.parse_args()
     url = f"sqlite:///{options.db}"
     if not build(url, options.steps, options.ranks, time.monotonic() + (options.build_for or 1e9)) or options.build_for:
         return
+    found: dict[str, Any] = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    load = os.getloadavg()[0]
+    with dashboard(url) as (process, port), sync_playwright() as playwright:
+        proxy = Proxy(port)
+        address = f"http://127.0.0.1:{proxy.port}"
+        run_page = f"{address}/?{READY['run'][0]}"
+        if options.only in (None, "views"):
+            views = options.views.split(",")
+            found.setdefault("views", {}).update(measure_views(playwright, options.chromium, address, views))
+        if options.only in (None, "ticks"):
+            recording = Recording(url, RUN, options.ranks)
+            with profile(playwright, options.chromium, viewport={"width": 1400, "height": 700}) as context:
+                page = context.new_page()
+                paint_s(page, run_page, READY["run"][1])
+                found["ticks"] = measure_ticks(page, proxy, process.pid, recording, options.ticks_for)
+        if options.only in (None, "viewers"):
+            recording = Recording(url, RUN, options.ranks)
+            browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS.split())
+            contexts = [browser.new_context() for _ in range(options.viewers)]
+            with Growth(recording):
+                found["viewers"] = measure_viewers(contexts, run_page, process.pid, options.viewers_for)
+            browser.close()
+    found["where"] = {
+        "machine": machine(),
+        "month": f"{datetime.now():%B %Y}",
+        "size": f"{3 * len(LAYERS):,} slots x {options.steps:,} steps x {options.ranks} ranks, "
+        f"{options.db.stat().st_size / 1e9:.1f} GB",
+    }
+    found.setdefault("load", {}).update(dict.fromkeys([options.only] if options.only else PARTS, round(load, 1)))
+    RESULTS.parent.mkdir(exist_ok=True)
+    MEASURED.write_text(json.dumps(found, indent=2) + "\n")
+    RESULTS.write_text(report(found))
+    print(RESULTS.read_text())
+
+
+PARTS = ("views", "ticks", "viewers")
+
+
+def report(found: dict[str, Any]) -> str:
+    """What was measured, as results/dashboard.md."""
+    where = found["where"]
+    loads = ", ".join(f"{load} ({part})" for part, load in found["load"].items())
     lines = [
         "# The dashboard on a large run",
         "",
-        f"{machine()}; {datetime.now():%B %Y}; a load of {os.getloadavg()[0]:.1f} when it began.",
+        f"{where['machine']}; {where['month']}; load when a part began: {loads}.",
         "Browser, server and SQLite share these cores.",
-        f"{3 * len(LAYERS):,} slots x {options.steps:,} steps x {options.ranks} ranks, "
-        f"{options.db.stat().st_size / 1e9:.1f} GB: `bench/dashboard.py`.",
-        "",
-        "| view | first useful paint, new profile | again in the same profile |",
-        "|---|---|---|",
+        f"{where['size']}: `bench/dashboard.py`.",
     ]
-    with dashboard(url) as (process, port), sync_playwright() as playwright:
-        proxy = Proxy(port)
-        browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS.split())
-        for view, (query, ready) in READY.items():
-            context = browser.new_context(viewport={"width": 1400, "height": 1000})
-            address = f"http://127.0.0.1:{proxy.port}/?{query}"
-            new = paint_s(context.new_page(), address, ready)
-            warm = [paint_s(context.new_page(), address, ready) for _ in range(3)]
-            lines.append(f"| {view} | {new:.1f} s | {np.median(warm):.1f} s |")
-            print(lines[-1], flush=True)
-            context.close()
-        lines += ["", "| of the run page | |", "|---|---|"]
-        recording = Recording(url, RUN, options.ranks)
-        context = browser.new_context(viewport={"width": 1400, "height": 700})
-        page = context.new_page()
-        paint_s(page, f"http://127.0.0.1:{proxy.port}/?{READY['run'][0]}", READY["run"][1])
-        time.sleep(WARM_UP_S)
-        lines += measure_ticks(page, proxy, process.pid, recording, options.ticks_for)
-        context.close()
-        contexts = [browser.new_context() for _ in range(options.viewers)]
-        address = f"http://127.0.0.1:{proxy.port}/?{READY['run'][0]}"
-        lines.append(measure_viewers(contexts, address, process.pid, options.viewers_for))
-        browser.close()
-    print(*itertools.islice(lines, len(READY) + 7, None), sep="\n")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+    if views := found.get("views"):
+        lines += [
+            "",
+            "Seconds from the request to the first chart, or the first row of a table:",
+            "",
+            f"| view | new profile | second visit | later visits, median of {WARM - 1} |",
+            "|---|---|---|---|",
+            *(
+                f"| {view} | {' | '.join(f'{seconds:.2f}' for seconds in views[view])} |"
+                for view in READY
+                if view in views
+            ),
+        ]
+    facts = found.get("ticks", {}) | found.get("viewers", {})
+    if facts:
+        lines += ["", "| the run's page, while the run grows by a step a second | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(lines) + "\n"
 
 
 def machine() -> str:

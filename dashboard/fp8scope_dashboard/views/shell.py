@@ -198,10 +198,14 @@ def steps_of(where: links.Where, run: RunSummary) -> tuple[int, int]:
 
 
 def zoomed(where: links.Where, event: panel.Zoom, last_step: int) -> links.Where:
-    """Where a zoom leads: to its range, following if it reaches the newest step, or back to everything."""
+    """Where a zoom leads: to its range, following if it reaches the newest step, or back to everything.
+
+    Nearly reaching it is reaching it: a run goes on while somebody draws.
+    """
     if event.first_step is None or event.last_step is None or event.last_step - event.first_step < 1:
         return replace(where, first_step=None, last_step=None)
-    end = None if event.last_step >= last_step else event.last_step
+    newest = last_step - max(1, (last_step - event.first_step) // 40)
+    end = None if event.last_step >= newest else event.last_step
     return replace(where, first_step=event.first_step or None, last_step=end)
 
 
