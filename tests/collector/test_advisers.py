@@ -31,7 +31,7 @@ def tensor(
 
 
 def test_interval_of_a_constant_is_bound_by_the_widest_and_the_smallest_tensor() -> None:
-    wide = tensor([100.0] * 4, [14.0] * 4, layer="wide")  # 448 / (4 * 14) = 8
+    wide = tensor([100.0] * 4, [14.0] * 4, layer="wide")  # 448 / (2.8 * 14) = 11.4
     small = tensor([0.5] * 4, [2.0**-8] * 4, layer="small")  # the smallest normal number is 2**-6
 
     (only, everything) = advise_constant([wide, small])
@@ -68,7 +68,7 @@ def test_a_step_in_a_hundred_may_be_worse_and_steps_of_zeros_say_nothing() -> No
 
     advice = advise_constant([tensor(amax, rms)])[0]
 
-    assert advice.upper.scale_exp2 == math.floor(math.log2(448 / 4))
+    assert advice.upper.scale_exp2 == math.floor(math.log2(448 / 2.8))
     assert advice.lower.scale_exp2 == -6
     assert advise_constant([tensor([0.0], [0.0])]) == []
 

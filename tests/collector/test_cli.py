@@ -242,3 +242,55 @@ def test_a_full_disk_is_a_sentence(stored: str) -> None:
     assert failed.stderr.startswith("fp8scope: ")
     assert "No space left on device" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+@pytest.fixture
+def trained(tmp_path: Path, wire: Any) -> str:
+    """The URL of a database with the run "trained": an input of root mean square 1, amax 4, for eight steps."""
+    url = f"sqlite:///{tmp_path}/trained.db"
+    engine = open_engine(url)
+    migrate(engine)
+    writer = StatsWriter(engine)
+    slots = [pb.Slot(slot=0, layer="fc", role=pb.ROLE_INPUT, format="E4M3FNUZ")]
+    source = writer.register(decode_open(wire.open("trained", slots=slots), Limits()), now_unix_ns=1)
+    columns = wire.columns(0, slots=1, steps=8)
+    columns["amax"] = np.full(8, 4, np.float32)
+    columns["sum_sq"] = columns["numel"].astype(np.float64)
+    writer.commit([decode_stats(wire.stats(1, columns), source, Limits())], now_unix_ns=2)
+    engine.dispose()
+    return url
+
+
+def test_advise_says_which_constants_work_and_how_long_a_scale_may_be_kept(run: Run, trained: str) -> None:
+    lines = run("advise", "trained", "--db", trained).stdout.splitlines()
+
+    assert lines[0] == "trained: 1 tensors, 8 recorded steps"
+    # 240 / 2.8 is 2**6.4, 240 / 4 is 2**5.9; the smallest normal number is 2**-7.
+    bounds = "above, fc input clips; below, fc input vanishes; nothing at all clips up to 5"
+    assert f"  all roles    -7 to 6  ({bounds})" in lines
+    assert lines[-1].startswith("  input        every 4 steps  (0.000 flips a step")
+
+
+def test_advise_as_json_is_one_object_with_both_kinds_of_advice(run: Run, trained: str) -> None:
+    advice = json.loads(run("advise", "trained", "--db", trained, "--json").stdout)
+
+    assert advice["run"] == "trained"
+    assert [each["role"] for each in advice["constant"]] == ["input", None]
+    assert advice["constant"][1]["upper"] == {"scale_exp2": 6, "tensor": "fc input"}
+    assert advice["refresh"][0]["clipped_steps"] == {"1": 0.0, "2": 0.0, "4": 0.0}
+    assert advice["refresh"][0]["interval"] == 4
+
+
+def test_advise_on_a_run_that_says_nothing_of_its_tensors_tells_what_is_missing(run: Run, stored: str) -> None:
+    failed = run("advise", "empty", "--db", stored, fails=True)
+
+    assert failed.stdout == ""
+    assert failed.stderr.endswith(
+        "run 'empty' has no rows with amax, numel and sum_sq; there is nothing to advise on\n"
+    )
+
+
+def test_advise_on_an_unknown_run_names_those_that_there_are(run: Run, stored: str) -> None:
+    failed = run("advise", "frist", "--db", stored, fails=True)
+
+    assert "team/first" in failed.stderr
