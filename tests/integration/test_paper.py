@@ -1,0 +1,107 @@
+"""The quick form of the paper's study, from the command to the pages: one very small model says what the paper says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paper.measure import passing
+
+STUDY = Path(__file__).parents[2] / "examples" / "paper" / "study.py"
+SIZE = "0.1M"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the study has left its pages."""
+    folder = tmp_path_factory.mktemp("paper")
+    subprocess.run([sys.executable, STUDY, "--quick", "--dir", folder], check=True, timeout=280)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Any:
+    """Its numbers."""
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def at_rest(found: Any) -> dict[int, float]:
+    """Inference: the loss by constant."""
+    return {int(constant): loss for constant, loss in found["inference"][SIZE]["text"]["constants"].items()}
+
+
+@pytest.fixture(scope="module")
+def inside(found: Any, at_rest: dict[int, float]) -> list[int]:
+    """The constants that pass."""
+    return passing(at_rest, found["inference"][SIZE]["text"]["fp32_of_sweep"], lower_is_better=True)
+
+
+def test_amax_scaling_learns_as_float32_does(found: Any) -> None:
+    losses = {method: own["0"] for method, own in found["losses"][SIZE].items()}
+
+    # Blocks that compute nothing lose 5 %: this model needs them.
+    assert losses["amax-graphcore"] < 1.015 * losses["fp32"]
+    assert losses["constant-8"] > 1.03 * losses["fp32"]
+    assert losses["constant+5"] < 1.015 * losses["fp32"]
+    assert losses["constant+9"] > 1.03 * losses["fp32"]
+
+
+def test_constants_pass_in_one_piece_with_a_cliff_above_and_a_slope_below(
+    at_rest: dict[int, float], inside: list[int]
+) -> None:
+    below = [at_rest[constant] for constant in range(inside[0], inside[0] - 3, -1)]
+    above = [at_rest[constant] for constant in range(inside[-1], inside[-1] + 3)]
+
+    assert len(inside) >= 5
+    assert inside == list(range(inside[0], inside[-1] + 1))
+    assert all(worse > better for better, worse in pairwise(below))
+    assert all(worse > better for better, worse in pairwise(above))
+    assert above[1] - above[0] > below[1] - below[0]  # the first that is too high costs more than the first too low
+
+
+@pytest.mark.parametrize("source", ["advice", "advice_from_shadow"])
+def test_upper_end_that_one_run_advises_is_the_sweeps_within_one(found: Any, inside: list[int], source: str) -> None:
+    (everything,) = (each for each in found["sizes"][SIZE][source]["constant"] if each["role"] is None)
+
+    assert abs(everything["upper"]["scale_exp2"] - inside[-1]) <= 1
+    assert everything["upper"]["tensor"].endswith("input")
+
+
+def test_scales_of_gradients_flip_most_and_rise_at_first(found: Any) -> None:
+    moved = found["sizes"][SIZE]["dynamics"]
+
+    assert moved["grad_output"]["flips_per_step"] > 2 * moved["input"]["flips_per_step"]
+    assert moved["input"]["flips_per_step"] > moved["weight"]["flips_per_step"]
+    assert moved["grad_output"]["rise_in_first_steps"] >= 1
+    assert moved["weight"]["rise_in_first_steps"] <= 0
+
+
+def test_page_and_report_show_every_run_and_figure(folder: Path, found: Any) -> None:
+    page = (folder / "study.md").read_text()
+    report = (folder / "report.html").read_text()
+    figures = re.findall(r"!\[.*\]\(images/study/(.+)\.png\)", page)
+
+    assert f"{found['losses'][SIZE]['fp32']['0']:.4f}" in page
+    assert "IMAGES" not in page
+    assert len(figures) == 5
+    assert [name for name in figures if f'id="{name}"' not in report] == []
+    assert [name for name in figures if not (folder / "images" / f"{name}.png").exists()] == []
+
+
+def test_study_that_is_done_runs_nothing_again(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()}
+
+    again = subprocess.run(
+        [sys.executable, STUDY, "--quick", "--dir", folder], check=True, capture_output=True, text=True
+    )
+
+    assert {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()} == before
+    assert again.stdout.startswith("6 runs, ")
