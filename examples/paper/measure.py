@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 Numbers = dict[str, Any]
 
 LAYERS = ("attn.qkv", "attn.out", "mlp.fc1", "mlp.fc2")
-FIRST_STEPS = 50  # "the first steps" of observation (vi): the warm-up is 20
+FIRST_STEPS = slice(10, 25)  # of observation (vi), against step 0; the warm-up ends at 20
 LAST_STEPS = 60  # half of the shortest training: sizes are compared over as many steps
 COUNTS = ("numel", "overflow", "underflow", "sum_sq", "err_sq")
 
@@ -176,7 +176,7 @@ def dynamics(of: dict[str, Ints]) -> dict[str, Numbers]:
     for role in Role:
         own = [exponents for tensor, exponents in of.items() if place(tensor)[2] == role]
         late = [each[-LAST_STEPS:] for each in own]
-        rises = [mode(each[FIRST_STEPS // 2 : FIRST_STEPS]) - int(each[0]) for each in own]
+        rises = [mode(each[FIRST_STEPS]) - int(each[0]) for each in own]
         found[role.value] = {
             "flips_per_step": float(np.mean([np.mean(np.diff(each) != 0) for each in own])),
             "rise_in_first_steps": float(np.median(rises)),

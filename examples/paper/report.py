@@ -321,7 +321,7 @@ def _scales(found: Numbers) -> str:
         for size, each in found["sizes"].items()
         for role, own in each["dynamics"].items()
     ]
-    head = ("size", "role", "flips a step", "rise in the first 50 steps", "largest rise", "largest jump")
+    head = ("size", "role", "flips a step", "rise from step 0 to steps 10 to 24", "largest rise", "largest jump")
     return f"""
 ## Scales over depth and steps (figures 6 to 10)
 
