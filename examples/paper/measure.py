@@ -46,9 +46,16 @@ def study(reader: Reader, runs: Sequence[Numbers], loss_scale: float) -> Numbers
             by_task = found["accuracies"].setdefault(size, {}).setdefault(run["task"], {})
             by_task.setdefault(method, {})[run["seed"]] = last["accuracy"]
     names = {run["name"] for run in runs}
-    for size in found["losses"]:
+    order = list(found["losses"])
+    for part in ("accuracies", "inference"):  # as pre-training has the sizes
+        found[part] = {size: found[part][size] for size in sorted(found[part], key=lambda size: _rank(order, size))}
+    for size in order:
         found["sizes"][size] = of_size(reader, size, names)
     return found
+
+
+def _rank(order: list[str], size: str) -> int:
+    return order.index(size) if size in order else len(order)
 
 
 def of_size(reader: Reader, size: str, names: set[str]) -> Numbers:

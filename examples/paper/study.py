@@ -123,6 +123,7 @@ def report(finished: list[Work], folder: Path, *, published: bool) -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
         f"{datetime.now():%B %Y}",
         "cpu_seconds": round(sum(each["cpu_seconds"] for each in costs)),
+        "collector_cpu_seconds": round(json.loads(collector_cost(folder).read_text())),
         "runs": len(finished),
         "rows": sum(each["rows_recorded"] for each in costs),
         "parameters": {each["name"].split("-")[0]: each["parameters"] for each in costs if "-train-" in each["name"]},
@@ -230,7 +231,15 @@ def collector(folder: Path) -> Iterator[str]:
             yield _address(process, log)
         finally:
             process.terminate()
-            process.wait(60)
+            _, _, used = os.wait4(process.pid, 0)
+            cost = collector_cost(folder)
+            before = json.loads(cost.read_text()) if cost.exists() else 0.0
+            write(cost, before + used.ru_utime + used.ru_stime)
+
+
+def collector_cost(folder: Path) -> Path:
+    """Where the processor seconds of all collectors of the study are kept; with those of the process that diagnoses."""
+    return folder / "results" / "collector.json"
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -10,11 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from paper.measure import passing
+from paper.measure import contiguous, depth, dynamics, passing, place
+from paper.report import page
 
-STUDY = Path(__file__).parents[2] / "examples" / "paper" / "study.py"
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "examples" / "paper" / "study.py"
 SIZE = "0.1M"
 
 
@@ -105,3 +108,45 @@ def test_study_that_is_done_runs_nothing_again(folder: Path) -> None:
 
     assert {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()} == before
     assert again.stdout.startswith("6 runs, ")
+
+
+# What it is computed with ------------------------------------------------------------------------------------------
+
+
+def test_documented_study_is_what_its_results_file_says() -> None:
+    results = json.loads((STUDY.parent / "results" / "study.json").read_text())
+
+    assert (ROOT / "docs/study.md").read_text() == page(results, images="images/study"), (
+        "run `make paper ARGS=--report`"
+    )
+
+
+def test_half_a_percent_passes_and_more_does_not() -> None:
+    assert passing({0: 1.0051, 1: 1.005, 2: 0.9}, 1.0, lower_is_better=True) == [1, 2]
+    assert passing({0: 79.5, 1: 79.6, 2: 90.0}, 80.0, lower_is_better=False) == [1, 2]
+
+
+def test_an_interval_is_contiguous_unless_a_constant_within_it_was_tried_and_failed() -> None:
+    assert contiguous([2, 4], [0, 2, 4, 6])
+    assert not contiguous([2, 6], [0, 2, 4, 6])
+    assert contiguous([], [0, 2])
+
+
+def test_scales_are_told_by_block_kind_and_role() -> None:
+    moved = {"blocks.0.attn.qkv input": np.array([5, 5, 6]), "gpt.blocks.1.attn.qkv input": np.array([9, 8, 8])}
+
+    assert place("gpt.blocks.1.attn.qkv input") == (1, "attn.qkv", "input")
+    assert depth(moved)["input"]["modes"] == {"attn.qkv": [5, 8]}
+    assert depth(moved)["input"]["range_over_depth"] == {"attn.qkv": 3}
+
+
+def test_rise_is_from_the_first_step_to_the_end_of_the_warm_up_and_flips_are_per_step() -> None:
+    steps = np.concatenate([np.arange(10), np.full(91, 10)])  # ten flips in a hundred steps
+    still = np.zeros(101, np.int64)
+    moved = {"b.0.fc grad_output": steps, "b.0.fc weight": still, "b.0.fc input": still}
+
+    found = dynamics(moved)
+
+    assert found["grad_output"]["flips_per_step"] == pytest.approx(0.1)
+    assert found["grad_output"]["rise_in_first_steps"] == 10
+    assert found["weight"]["flips_per_step"] == 0
