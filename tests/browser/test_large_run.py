@@ -103,13 +103,14 @@ def test_from_the_list_to_the_broken_tensor_its_neighbour_and_another_run_and_ba
     drawn(page)
 
     page.mouse.click(*place(page, 2, 0.9, (BROKEN // 3 + 0.5) / len(LAYERS)))  # of two layers in the row the worse one
+    page.wait_for_url("**layer=*")
     at(page, OF_BROKEN)
     where = parameters(page)
     assert (where["layer"], where["role"]) == (OF_BROKEN, "weight")
     page.locator(".fs-title", has_text="4 ranks").wait_for()
     drawn(page, 4)
 
-    page.locator(".fs-nav a").last.click()
+    page.locator(".fs-nav a", has_text=LAYERS[BROKEN // 3 + 1]).click()
     following = LAYERS[BROKEN // 3 + 1]
     at(page, following)
     page.locator(".fs-tabs a", has_text="compare").click()

@@ -152,6 +152,15 @@ def test_a_rank_that_computes_something_else_is_named() -> None:
     assert lines["largest"]["about"]["ranks"] == [3] * 10
 
 
+def test_of_ranks_that_are_equal_none_is_named() -> None:
+    steps, ones, zeros = np.arange(10), np.ones(10), np.zeros(10, np.int64)
+    spread = Spread(*(steps, steps, ones, zeros, steps, ones, zeros, steps, ones), median_error=0.0)
+    bits = Series(steps, steps, steps, {"spread": 0 * ones}, {"spread": 0 * ones})
+    each = Ranks(np.arange(2), steps, steps, np.ones((2, 10)), np.ones((2, 10)))
+
+    assert ranks.verdict(ranks.RankValues(spread, bits, each)) == "all ranks are equal"
+
+
 def test_of_many_ranks_only_the_band_is_drawn() -> None:
     steps, ones = np.arange(3), np.ones(3)
     spread = Spread(*(steps, steps, ones, steps, steps, ones, steps, steps, ones), median_error=0.0)

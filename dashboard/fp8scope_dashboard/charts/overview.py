@@ -102,7 +102,7 @@ def overview(
     line_px = [84 if i == 0 else 40 for i in range(len(lines))]
     height = int(sum(line_px) + 24 * len(lines) + len(roles) * (facet_px + 26) + 44)
     stack = Stack(height, top=18, bottom=40)
-    ticks = shown.ticks if len(roles) * facet_px > 240 else [shown.ticks[0], *shown.ticks[1:-1:2]]
+    ticks = shown.ticks if len(roles) * facet_px > 240 else _fewer(shown)
     traces: list[dict[str, Any]] = []
     layout = theme.layout(margin={"l": left, "r": 64, "t": 18, "b": 40})
     layout["annotations"], layout["shapes"], layout["images"] = [], [], []
@@ -163,6 +163,13 @@ def clicked(shown: Shown, slots: Sequence[Slot], number: int, column: int) -> Sl
     values = shown.of(row)[:, column]
     badness = {"high": values, "low": -values, "far": np.abs(values)}[shown.worse]
     return slots[row[int(np.argmax(np.where(np.isnan(badness), -np.inf, badness)))]]
+
+
+def _fewer(shown: Shown) -> list[tuple[float, str]]:
+    """Every other tick: of a map around a middle with that, of shares with zero and one."""
+    if shown.low == -shown.high:
+        return shown.ticks[len(shown.ticks) // 2 % 2 :: 2]
+    return [shown.ticks[0], *shown.ticks[1::2]]
 
 
 def _rows(slots: Sequence[Slot]) -> tuple[list[Role], int]:

@@ -52,16 +52,18 @@ def ranks_figure(found: RankValues, first_step: int, last_step: int, step: int |
 def verdict(found: RankValues) -> str:
     """Which rank stands out, and where ranks are farthest apart: the panel in one line."""
     words = []
+    apart = found.spread.high > found.spread.low  # where all are equal, none stands out
     for side, ranks in (("largest", found.spread.high_rank), ("smallest", found.spread.low_rank)):
-        known = ranks[ranks >= 0]
-        if known.size:
-            counts = np.bincount(known)
-            share = counts.max() / known.size
+        if apart.any():
+            counts = np.bincount(ranks[apart])
+            share = counts.max() / apart.size
             if share >= _OFTEN:
                 where = "everywhere" if share == 1 else f"in {text.share(float(share))} of the columns"
                 words.append(f"rank {int(counts.argmax())} is the {side} {where}")
     high = np.round(found.bits.high["spread"], 2)  # of equal ones the first
     if np.isfinite(high).any():
+        if not np.nanmax(high):
+            return "all ranks are equal"
         at = int(np.nanargmax(high))
         first, last = int(found.bits.step[at]), int(found.bits.last[at])
         steps = f"step {text.count(first)}" if first == last else f"steps {text.count(first)} – {text.count(last)}"

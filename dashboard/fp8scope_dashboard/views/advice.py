@@ -71,7 +71,7 @@ def _row(constant: ConstantAdvice, refresh: RefreshAdvice | None) -> dict[str, A
             *cells,
             {"text": steps, "right": True, "title": _beyond(refresh)},
             {"text": text.share(refresh.flips_per_step), "right": True, "title": "share of steps with another scale"},
-            {"text": f"{refresh.drift:+.0f} bits".replace("-", "−"), "right": True},
+            {"text": f"{refresh.drift:+.0f} bits".replace("-", "−") if round(refresh.drift) else "none", "right": True},
         ]
     }
 
