@@ -101,17 +101,21 @@ def loss_curve(reader: Reader, name: str) -> Floats:
 
 
 def casts(reader: Reader, name: str) -> dict[str, Numbers]:
-    """By role, over all steps and layers: the share that clipped, the share that vanished, and SQNR in decibels."""
+    """By role, over all steps and layers: the share that clipped, the share that vanished, and SQNR in decibels.
+
+    `clipped_steps` is the share of tensors' steps at which anything clipped, as the refresh adviser counts.
+    """
     sums: dict[tuple[int, str], Floats] = {}
     for batch in reader.rows(reader.run(name).id):
         roles, lives = (np.array(batch.column(of).to_pylist()) for of in ("role", "incarnation"))
         values = np.stack([batch.column(count).to_numpy(zero_copy_only=False).astype(float) for count in COUNTS])
         for life, role in set(zip(lives.tolist(), roles.tolist(), strict=True)):
-            own = values[:, (roles == role) & (lives == life)].sum(axis=1)
-            sums[life, role] = sums.get((life, role), np.zeros(len(COUNTS))) + own
+            own = values[:, (roles == role) & (lives == life)]
+            steps = [own.shape[1], np.count_nonzero(own[COUNTS.index("overflow")])]
+            sums[life, role] = sums.get((life, role), 0) + np.array([*own.sum(axis=1), *steps])
     newest = max(life for life, _ in sums)  # one that was interrupted began anew
     return {
-        role: _cast_numbers(dict(zip(COUNTS, totals, strict=True)))
+        role: _cast_numbers(dict(zip((*COUNTS, "steps", "clipped_steps"), totals, strict=True)))
         for (life, role), totals in sums.items()
         if life == newest
     }
@@ -121,6 +125,7 @@ def _cast_numbers(total: dict[str, float]) -> Numbers:
     return {
         "overflow": total["overflow"] / total["numel"],
         "underflow": total["underflow"] / total["numel"],
+        "clipped_steps": total["clipped_steps"] / total["steps"],
         "sqnr_db": 10 * float(np.log10(total["sum_sq"] / total["err_sq"])) if total["err_sq"] > 0 else None,
     }
 

@@ -77,6 +77,8 @@ METHODS: dict[str, tuple[Recipe | None, fp8core.FormatPair]] = {
     "amax-margin-0-all": (fp8core.AmaxScaling(margin_grad_output=0), fp8core.GRAPHCORE),
     "current": (fp8core.CurrentScaling(), fp8core.GRAPHCORE),
     "delayed": (fp8core.DelayedScaling(), fp8core.GRAPHCORE),
+    # FP8-AMAX with the scale of the step before, without a margin.
+    "stale": (fp8core.DelayedScaling(history_len=1, algo="most_recent", power_of_two=True), fp8core.GRAPHCORE),
 }
 
 

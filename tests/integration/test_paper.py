@@ -21,33 +21,30 @@ STUDY = ROOT / "examples" / "paper" / "study.py"
 SIZE = "0.1M"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the study has left its pages."""
-    folder = tmp_path_factory.mktemp("paper")
-    subprocess.run([sys.executable, STUDY, "--quick", "--dir", folder], check=True, timeout=280)
-    return folder
+def test_quick_form_finds_what_the_paper_found_and_runs_nothing_twice(tmp_path: Path) -> None:
+    """One test: the half minute that the study takes is spent once, however many processes share the tests."""
+    command = [sys.executable, STUDY, "--quick", "--dir", tmp_path]
+
+    subprocess.run(command, check=True, timeout=280)
+
+    found = json.loads((tmp_path / "results.json").read_text())
+    scores = found["inference"][SIZE]["text"]
+    at_rest = {int(constant): loss for constant, loss in scores["constants"].items()}
+    inside = passing(at_rest, scores["fp32_of_sweep"], lower_is_better=True)
+    assert_amax_learns_as_float32_does(found)
+    assert_constants_pass_in_one_piece_with_a_cliff_above_and_a_slope_below(at_rest, inside)
+    assert_upper_end_that_one_run_advises_is_the_sweeps_within_one(found, inside)
+    assert_scales_of_gradients_flip_most_and_rise_at_first(found)
+    assert_page_and_report_show_every_run_and_figure(tmp_path, found)
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()} == before
+    assert again.stdout.startswith("6 runs, ")
 
 
-@pytest.fixture(scope="module")
-def found(folder: Path) -> Any:
-    """Its numbers."""
-    return json.loads((folder / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def at_rest(found: Any) -> dict[int, float]:
-    """Inference: the loss by constant."""
-    return {int(constant): loss for constant, loss in found["inference"][SIZE]["text"]["constants"].items()}
-
-
-@pytest.fixture(scope="module")
-def inside(found: Any, at_rest: dict[int, float]) -> list[int]:
-    """The constants that pass."""
-    return passing(at_rest, found["inference"][SIZE]["text"]["fp32_of_sweep"], lower_is_better=True)
-
-
-def test_amax_scaling_learns_as_float32_does(found: Any) -> None:
+def assert_amax_learns_as_float32_does(found: Any) -> None:
     losses = {method: own["0"] for method, own in found["losses"][SIZE].items()}
 
     # Blocks that compute nothing lose 5 %: this model needs them.
@@ -57,7 +54,7 @@ def test_amax_scaling_learns_as_float32_does(found: Any) -> None:
     assert losses["constant+9"] > 1.03 * losses["fp32"]
 
 
-def test_constants_pass_in_one_piece_with_a_cliff_above_and_a_slope_below(
+def assert_constants_pass_in_one_piece_with_a_cliff_above_and_a_slope_below(
     at_rest: dict[int, float], inside: list[int]
 ) -> None:
     below = [at_rest[constant] for constant in range(inside[0], inside[0] - 3, -1)]
@@ -70,15 +67,15 @@ def test_constants_pass_in_one_piece_with_a_cliff_above_and_a_slope_below(
     assert above[1] - above[0] > below[1] - below[0]  # the first that is too high costs more than the first too low
 
 
-@pytest.mark.parametrize("source", ["advice", "advice_from_shadow"])
-def test_upper_end_that_one_run_advises_is_the_sweeps_within_one(found: Any, inside: list[int], source: str) -> None:
-    (everything,) = (each for each in found["sizes"][SIZE][source]["constant"] if each["role"] is None)
+def assert_upper_end_that_one_run_advises_is_the_sweeps_within_one(found: Any, inside: list[int]) -> None:
+    for source in ("advice", "advice_from_shadow"):
+        (everything,) = (each for each in found["sizes"][SIZE][source]["constant"] if each["role"] is None)
 
-    assert abs(everything["upper"]["scale_exp2"] - inside[-1]) <= 1
-    assert everything["upper"]["tensor"].endswith("input")
+        assert abs(everything["upper"]["scale_exp2"] - inside[-1]) <= 1, source
+        assert everything["upper"]["tensor"].endswith("input"), source
 
 
-def test_scales_of_gradients_flip_most_and_rise_at_first(found: Any) -> None:
+def assert_scales_of_gradients_flip_most_and_rise_at_first(found: Any) -> None:
     moved = found["sizes"][SIZE]["dynamics"]
 
     assert moved["grad_output"]["flips_per_step"] > 2 * moved["input"]["flips_per_step"]
@@ -87,27 +84,16 @@ def test_scales_of_gradients_flip_most_and_rise_at_first(found: Any) -> None:
     assert moved["weight"]["rise_in_first_steps"] <= 0
 
 
-def test_page_and_report_show_every_run_and_figure(folder: Path, found: Any) -> None:
-    page = (folder / "study.md").read_text()
+def assert_page_and_report_show_every_run_and_figure(folder: Path, found: Any) -> None:
+    text = (folder / "study.md").read_text()
     report = (folder / "report.html").read_text()
-    figures = re.findall(r"!\[.*\]\(images/study/(.+)\.png\)", page)
+    figures = re.findall(r"!\[.*\]\(images/study/(.+)\.png\)", text)
 
-    assert f"{found['losses'][SIZE]['fp32']['0']:.4f}" in page
-    assert "IMAGES" not in page
+    assert f"{found['losses'][SIZE]['fp32']['0']:.4f}" in text
+    assert "IMAGES" not in text
     assert len(figures) == 5
     assert [name for name in figures if f'id="{name}"' not in report] == []
     assert [name for name in figures if not (folder / "images" / f"{name}.png").exists()] == []
-
-
-def test_study_that_is_done_runs_nothing_again(folder: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()}
-
-    again = subprocess.run(
-        [sys.executable, STUDY, "--quick", "--dir", folder], check=True, capture_output=True, text=True
-    )
-
-    assert {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()} == before
-    assert again.stdout.startswith("6 runs, ")
 
 
 # What it is computed with ------------------------------------------------------------------------------------------
