@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import sqlalchemy as sa
 
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.history import Life, Span, without
+from fp8scope_collector.storage.quantities import Ints
 from fp8scope_collector.storage.rollups import LEVELS, dtype_of
 
 Interval = tuple[int, int]  # both ends included
@@ -89,7 +92,7 @@ def _whole_buckets(incarnation: int, levels: Sequence[int], free: list[Interval]
 
 @dataclass(frozen=True)
 class Stored:
-    """One array of one part of a bucket; of one slot, an array of one value."""
+    """One array of one part of a bucket."""
 
     incarnation: int
     level: int
@@ -99,55 +102,45 @@ class Stored:
 
 
 def read_buckets(
-    connection: sa.Connection, run_id: int, buckets: Sequence[Buckets], names: Sequence[str], slot: int | None = None
+    connection: sa.Connection, run_id: int, buckets: Sequence[Buckets], names: Sequence[str]
 ) -> Iterator[Stored]:
-    """The arrays called `names` of all parts of the buckets, over slots, or only at `slot`.
-
-    An array that says nothing is not stored. `amax.bins` is not of a slot: ask for it without.
-    """
+    """The arrays called `names` of all parts of the buckets, over slots; one that says nothing is not stored."""
     rollup = schema.rollup.c
     types = {name: dtype_of(name) for name in names}
     for group in buckets:
-        for size in sorted({dtype.itemsize for dtype in types.values()}):
-            same = [name for name in names if types[name].itemsize == size]
-            data = rollup.data if slot is None else sa.func.substr(rollup.data, size * slot + 1, size)
-            query = sa.select(rollup.name, rollup.bucket, data).where(
-                rollup.run_id == run_id,
-                rollup.level == group.level,
-                rollup.name.in_(same),
-                rollup.incarnation == group.incarnation,
-                rollup.bucket.between(group.first, group.last),
-            )
-            for name, bucket, value in connection.execute(query):
-                if value:
-                    yield Stored(group.incarnation, group.level, bucket, name, np.frombuffer(value, types[name]))
+        query = sa.select(rollup.name, rollup.bucket, rollup.data).where(_of(run_id, group, names))
+        for name, bucket, value in connection.execute(query):
+            yield Stored(group.incarnation, group.level, bucket, name, np.frombuffer(value, types[name]))
 
 
 def read_slot(
-    connection: sa.Connection, run_id: int, buckets: Sequence[Buckets], names: Sequence[str], slot: int
-) -> Iterator[tuple[Buckets, str, npt.NDArray[np.int64], npt.NDArray[Any]]]:
-    """What `read_buckets` says of one slot, array by array: its group, its name, the buckets, and a value of each.
+    connection: sa.Connection, run_id: int, group: Buckets, names: Sequence[str], slot: int
+) -> dict[str, tuple[Ints, npt.NDArray[Any]]]:
+    """What the arrays called `names` have of one slot: by name the buckets, ascending, and a value of each.
 
-    A bucket comes once for each of its parts.
+    A bucket comes once for each of its parts, in the same order under each name. Not for `amax.bins`, which has no
+    value of a slot.
     """
     rollup = schema.rollup.c
     types = {name: dtype_of(name) for name in names}
-    for group in buckets:
-        for size in sorted({dtype.itemsize for dtype in types.values()}):
-            same = [name for name in names if types[name].itemsize == size]
-            query = sa.select(rollup.name, rollup.bucket, sa.func.substr(rollup.data, size * slot + 1, size)).where(
-                rollup.run_id == run_id,
-                rollup.level == group.level,
-                rollup.name.in_(same),
-                rollup.incarnation == group.incarnation,
-                rollup.bucket.between(group.first, group.last),
-            )
-            found: dict[str, tuple[list[int], list[bytes]]] = {name: ([], []) for name in same}
-            for name, bucket, value in connection.execute(query):
-                if value:
-                    numbers, values = found[name]
-                    numbers.append(bucket)
-                    values.append(value)
-            for name, (numbers, values) in found.items():
-                if numbers:
-                    yield group, name, np.array(numbers), np.frombuffer(b"".join(values), types[name])
+    found: dict[str, tuple[Ints, npt.NDArray[Any]]] = {}
+    for size in sorted({dtype.itemsize for dtype in types.values()}):
+        same = [name for name in names if types[name].itemsize == size]
+        query = sa.select(rollup.name, rollup.bucket, sa.func.substr(rollup.data, size * slot + 1, size))
+        query = query.where(_of(run_id, group, same)).order_by(rollup.name, rollup.bucket, rollup.part)
+        rows = [row for row in connection.execute(query).all() if row[2]]
+        for name, own in groupby(rows, key=itemgetter(0)):
+            _, numbers, values = zip(*own, strict=True)
+            found[name] = np.array(numbers, np.int64), np.frombuffer(b"".join(values), types[name])
+    return found
+
+
+def _of(run_id: int, group: Buckets, names: Sequence[str]) -> sa.ColumnElement[bool]:
+    rollup = schema.rollup.c
+    return sa.and_(
+        rollup.run_id == run_id,
+        rollup.level == group.level,
+        rollup.name.in_(names),
+        rollup.incarnation == group.incarnation,
+        rollup.bucket.between(group.first, group.last),
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fp8scope_collector.storage.cover import cover, read_slot
+from fp8scope_collector.storage.cover import Buckets, cover, read_slot
 from fp8scope_collector.storage.history import owned_spans
 from fp8scope_collector.storage.maps import choose_width, extent
 from fp8scope_collector.storage.quantities import Floats, Ints, in_unit, source_of
@@ -38,22 +38,16 @@ def series(
         source = source_of(field)
         wanted.setdefault(source.low, []).append((field, True))
         wanted.setdefault(source.high, []).append((field, False))
-    limit: dict[int, float] = {}
-    if "headroom" in fields and slot < view.slots:
-        limit = {life: float(view.log2_max(life)[slot]) for life in {span.incarnation for span in spans}}
-    own_steps = ("steps", "first", "last")
-    for group, name, bucket, values in read_slot(
-        view.connection, view.run_id, found.buckets, [*own_steps, *wanted], slot
-    ):
-        steps = bucket * group.level
-        if name in own_steps:
-            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-                entries.note(name, group.level, step, value)
-            continue
-        for field, is_low in wanted[name]:
-            own = values.astype(np.float64)
-            target, extreme = (low, np.fmin) if is_low else (high, np.fmax)
-            extreme.at(target[field], entries.of(steps), limit[group.incarnation] - own if field == "headroom" else own)
+    for group in found.buckets:
+        own = read_slot(view.connection, view.run_id, group, [*_Entries.arrays_of(group), *wanted], slot)
+        entries.note_buckets(group, own)
+        for name, (bucket, values) in own.items():
+            for field, is_low in wanted.get(name, ()):
+                exact = values.astype(np.float64)
+                if field == "headroom":
+                    exact = view.log2_max(group.incarnation, slot)[slot] - exact
+                target, extreme = (low, np.fmin) if is_low else (high, np.fmax)
+                extreme.at(target[field], entries.of(bucket * group.level), exact)
     names = list(dict.fromkeys(name for field in fields for name in source_of(field).fields))
     for rows in view.rows(found.raw, names, slots=[slot]):
         entry_of = entries.of(rows.step)
@@ -80,8 +74,8 @@ class _Entries:
 
     def __init__(self, first: int, count: int, width: int) -> None:
         self._first, self._count, self._width = first, count, width
-        self._steps: list[Ints] = []  # recorded steps, one by one
-        self._buckets: dict[tuple[int, int], dict[str, int]] = {}  # what buckets say, by level and first step
+        self._steps: list[Ints] = []  # recorded steps, one by one, some of them more than once
+        self._known: list[tuple[Ints, Ints, Ints, Ints]] = []  # by bucket: how many steps, their first and their last
 
     def empty(self) -> Floats:
         """A value for each, none known."""
@@ -91,34 +85,37 @@ class _Entries:
         """The entry of a step, or of each of several."""
         return step // self._width - self._first
 
-    def note(self, name: str, level: int, step: int, value: int) -> None:
-        """What a part of the bucket that begins at `step` says of its steps."""
-        known = self._buckets.setdefault((level, step), {"steps": 0, "first": level, "last": 0})
-        if name == "steps":
-            known[name] = known[name] | value if level == LEVELS[0] else known[name] + value
+    @staticmethod
+    def arrays_of(group: Buckets) -> tuple[str, ...]:
+        """What buckets say of their steps: which there are, or else how many, the first and the last."""
+        return ("steps",) if group.level == LEVELS[0] else ("steps", "first", "last")
+
+    def note_buckets(self, group: Buckets, arrays: dict[str, tuple[Ints, Any]]) -> None:
+        """Steps of buckets, as `read_slot` has them; of several parts each says which of the steps it adds."""
+        if "steps" not in arrays:
+            return
+        bucket, steps = arrays["steps"]
+        start = bucket * group.level
+        if group.level == LEVELS[0]:
+            offsets = np.arange(group.level)
+            self._steps.append((start[:, None] + offsets)[(steps[:, None] >> offsets & 1) == 1])
         else:
-            known[name] = min(known[name], value) if name == "first" else max(known[name], value)
+            there = steps > 0
+            first, last = (start[there] + arrays[name][1][there].astype(np.int64) for name in ("first", "last"))
+            self._known.append((self.of(start[there]), steps[there].astype(np.int64), first, last))
 
     def note_rows(self, step: Ints) -> None:
         """Steps of raw rows."""
-        self._steps.append(np.unique(step))
+        self._steps.append(step)
 
     def counts(self) -> tuple[Ints, Ints, Ints]:
         """Of each entry how many recorded steps, the first and the last of them."""
+        steps = np.unique(np.concatenate([np.empty(0, np.int64), *self._steps]))
+        known = [*self._known, (self.of(steps), np.ones_like(steps), steps, steps)]
         count = np.zeros(self._count, np.int64)
         first, last = np.full(self._count, 2**62, np.int64), np.full(self._count, -1, np.int64)
-        for (level, step), known in self._buckets.items():
-            if level == LEVELS[0]:
-                self._steps.append(step + np.flatnonzero([known["steps"] >> bit & 1 for bit in range(level)]))
-            elif known["steps"]:
-                entry = self.of(step)
-                count[entry] += known["steps"]
-                first[entry] = min(first[entry], step + known["first"])
-                last[entry] = max(last[entry], step + known["last"])
-        if self._steps:
-            steps = np.unique(np.concatenate(self._steps))
-            entry = self.of(steps)
-            count += np.bincount(entry, minlength=self._count)
-            np.minimum.at(first, entry, steps)
-            np.maximum.at(last, entry, steps)
+        for entry, own, own_first, own_last in known:
+            np.add.at(count, entry, own)
+            np.minimum.at(first, entry, own_first)
+            np.maximum.at(last, entry, own_last)
         return count, first, last

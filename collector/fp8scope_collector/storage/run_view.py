@@ -56,20 +56,27 @@ class RunView:
         """By source id."""
         return {life.source_id: life.rank for life in self.lives}
 
-    def log2_max(self, incarnation: int) -> Floats:
-        """log2 of the largest value of each slot's format in an incarnation; NaN where it is not known."""
-        return self._log2_max.get(incarnation, np.full(self.slots, np.nan))
+    def log2_max(self, incarnation: int, slot: int | None = None) -> Floats:
+        """log2 of the largest value of each slot's format in an incarnation; NaN where it is not known.
+
+        With `slot` of this one only.
+        """
+        if (incarnation, slot) not in self._limits:
+            recipe = schema.slot_recipe.c
+            query = sa.select(recipe.slot, recipe.format).where(
+                recipe.run_id == self.run_id, recipe.incarnation == incarnation
+            )
+            if slot is not None:
+                query = query.where(recipe.slot == slot)
+            limits = np.full(self.slots, np.nan)
+            for number, name in self.connection.execute(query).all():
+                limits[number] = _LIMITS.get(name, math.nan)
+            self._limits[incarnation, slot] = limits
+        return self._limits[incarnation, slot]
 
     @cached_property
-    def _log2_max(self) -> dict[int, Floats]:
-        recipe = schema.slot_recipe.c
-        query = sa.select(recipe.incarnation, recipe.slot, recipe.format).where(recipe.run_id == self.run_id)
-        limits = {name: math.log2(form.max) for name, form in FORMATS.items()}
-        found: dict[int, Floats] = {}
-        for incarnation, slot, name in self.connection.execute(query):
-            known = found.setdefault(incarnation, np.full(self.slots, np.nan))
-            known[slot] = limits.get(name, math.nan)
-        return found
+    def _limits(self) -> dict[tuple[int, int | None], Floats]:
+        return {}
 
     def rows(
         self, spans: Sequence[Span], fields: Sequence[str], *, slots: Sequence[int] | None = None, every: int = 1
@@ -78,7 +85,9 @@ class RunView:
         for batch in self.store.rows(self.connection, spans, fields, slots=slots, every=every):
             columns = {name: _floats(batch.column(name)) for name in fields}
             source_id, step, slot = (batch.column(name).to_numpy() for name in ("source_id", "step", "slot"))
-            yield Rows(self, source_id, step, slot, columns)
+            yield Rows(
+                self, source_id, step, slot, columns, slots[0] if slots is not None and len(slots) == 1 else None
+            )
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class Rows:
     step: Ints
     slot: Ints
     columns: dict[str, Floats]
+    only_slot: int | None = None
 
     def values(self, field: str) -> tuple[Floats, Floats]:
         """Low and high of each row, as `of_rows` says."""
@@ -106,12 +116,15 @@ class Rows:
         incarnation = self._of_source(self.view.incarnation_of)
         for number in np.unique(incarnation).tolist():
             here = incarnation == number
-            limits[here] = self.view.log2_max(number)[self.slot[here]]
+            limits[here] = self.view.log2_max(number, self.only_slot)[self.slot[here]]
         return limits
 
     def _of_source(self, values: dict[int, int]) -> Ints:
         ids, inverse = np.unique(self.source_id, return_inverse=True)
         return np.array([values[number] for number in ids.tolist()], np.int64)[inverse]
+
+
+_LIMITS = {name: math.log2(form.max) for name, form in FORMATS.items()}
 
 
 def _floats(column: pa.Array) -> Floats:

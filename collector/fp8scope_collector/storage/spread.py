@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from fp8scope_collector.storage import samples
-from fp8scope_collector.storage.cover import cover, read_buckets
+from fp8scope_collector.storage.cover import cover, read_buckets, read_slot
 from fp8scope_collector.storage.curves import RAW_ROWS
 from fp8scope_collector.storage.history import LAST_STEP, owned_spans
 from fp8scope_collector.storage.maps import choose_width, column_width, extent
-from fp8scope_collector.storage.quantities import Ints, in_unit, source_of
+from fp8scope_collector.storage.quantities import Floats, Ints, in_unit, source_of
 from fp8scope_collector.storage.readmodels import Histograms, Ranks, Spread
 from fp8scope_collector.storage.rollups import BINS_PER_OCTAVE, bins_of, place
 from fp8scope_collector.storage.run_view import RunView
@@ -27,52 +27,58 @@ def spread(view: RunView, slot: int, field: str, *, first_step: int, last_step: 
     width = choose_width(view, spans, max_points, 1, RAW_ROWS) if spans else 1
     found = cover(view.lives, spans, width)
     source = source_of(field)
-    names = [name + of for name in (source.low, source.high) for of in ("", "_at")]
-    parts: dict[tuple[int, int, int], dict[str, list[Any]]] = {}
-    for stored in read_buckets(view.connection, view.run_id, found.buckets, names, slot):
-        key = (stored.incarnation, stored.level, stored.bucket)
-        parts.setdefault(key, {}).setdefault(stored.name, []).append(stored.values[0])
-    lows: list[tuple[int, float, int, int]] = []  # entry, value, step, rank
-    highs: list[tuple[int, float, int, int]] = []
-    for (incarnation, level, bucket), arrays in parts.items():
-        for side, (name, name_at) in ((lows, names[:2]), (highs, names[2:])):
-            for value, at in zip(arrays.get(name, []), arrays.get(name_at, []), strict=True):
-                step, rank = (int(number) for number in place(at))
-                own = float(view.log2_max(incarnation)[slot] - value) if field == "headroom" else float(value)
-                side.append((bucket * level // width, own, bucket * level + step, rank))
-    values: list[tuple[Ints, Any]] = []
+    names = list(dict.fromkeys(name + of for name in (source.low, source.high) for of in ("", "_at")))
+    low, high = _Extremes(1), _Extremes(-1)
+    for group in found.buckets:
+        arrays = read_slot(view.connection, view.run_id, group, names, slot)
+        for extremes, name in ((low, source.low), (high, source.high)):
+            if name in arrays:
+                bucket, own = arrays[name]
+                values = own.astype(np.float64)
+                if field == "headroom":
+                    values = view.log2_max(group.incarnation, slot)[slot] - values
+                step, rank = place(arrays[f"{name}_at"][1])
+                extremes.add(bucket * group.level // width, values, bucket * group.level + step, rank)
+    raw: list[tuple[Ints, Floats]] = []
     for rows in view.rows(found.raw, source.fields, slots=[slot]):
         entry_of = rows.step // width
-        of_low, of_high = rows.values(field)
-        for side, column in ((lows, of_low), (highs, of_high)):
-            side += zip(entry_of.tolist(), column.tolist(), rows.step.tolist(), rows.rank.tolist(), strict=True)
-        values.append((entry_of, of_low))
-    entries = sorted({entry for entry, value, *_ in (*lows, *highs) if not np.isnan(value)})
-    index = {entry: i for i, entry in enumerate(entries)}
-    median, error = np.full(len(entries), np.nan), 0.0
+        lows, highs = rows.values(field)
+        low.add(entry_of, lows, rows.step, rows.rank)
+        high.add(entry_of, highs, rows.step, rows.rank)
+        raw.append((entry_of, lows))
+    entry, lowest, low_step, low_rank = low.found()
+    _, highest, high_step, high_rank = high.found()
+    median, error = np.full(len(entry), np.nan), 0.0
     if not found.buckets:
-        for entry, i in index.items():
-            median[i] = np.nanmedian(np.concatenate([own[where == entry] for where, own in values]))
+        for i, number in enumerate(entry.tolist()):
+            median[i] = np.nanmedian(np.concatenate([own[where == number] for where, own in raw]))
     elif field == "amax":
-        median, error = _binned_medians(view, found.buckets, slot, width, index, values), MEDIAN_ERROR
-    low, low_step, low_rank = _extremes(lows, index, 1)
-    high, high_step, high_rank = _extremes(highs, index, -1)
+        index = {number: i for i, number in enumerate(entry.tolist())}
+        median, error = _binned_medians(view, found.buckets, slot, width, index, raw), MEDIAN_ERROR
     if field == "scale_exp2":
         median, _ = in_unit(field, median, median)
-    low, high = in_unit(field, low, high)
-    first = np.array(entries, np.int64) * width
-    return Spread(first, first + width - 1, low, low_rank, low_step, high, high_rank, high_step, median, error)
+    lowest, highest = in_unit(field, lowest, highest)
+    first = entry * width
+    return Spread(first, first + width - 1, lowest, low_rank, low_step, highest, high_rank, high_step, median, error)
 
 
-def _extremes(found: list[tuple[int, float, int, int]], index: dict[int, int], sign: int) -> tuple[Any, Ints, Ints]:
-    """Of each entry the most extreme value, the earliest step it was at, and then the lowest rank."""
-    best: list[tuple[float, int, int]] = [(np.nan, -1, -1)] * len(index)
-    known = [one for one in found if not np.isnan(one[1])]
-    for entry, value, step, rank in sorted(known, key=lambda one: (one[0], sign * one[1], one[2], one[3])):
-        if np.isnan(best[index[entry]][0]):
-            best[index[entry]] = (value, step, rank)
-    values, steps, ranks = ([one[part] for one in best] for part in range(3))
-    return np.array(values, np.float64), np.array(steps, np.int64), np.array(ranks, np.int64)
+class _Extremes:
+    """Of each entry the lowest (sign 1) or highest (sign -1) value, its earliest step, and then the lowest rank."""
+
+    def __init__(self, sign: int) -> None:
+        self._sign = sign
+        self._parts: list[Floats] = [np.empty((4, 0))]
+
+    def add(self, entry: Ints, value: Floats, step: Ints, rank: Ints) -> None:
+        """Takes in values, NaN for none."""
+        self._parts.append(np.stack([entry, value, step, rank])[:, ~np.isnan(value)])
+
+    def found(self) -> tuple[Ints, Floats, Ints, Ints]:
+        """Entries that have a value, ascending; the values, their steps and ranks."""
+        entry, value, step, rank = np.concatenate(self._parts, axis=1)
+        order = np.lexsort((rank, step, self._sign * value, entry))
+        best = order[np.flatnonzero(np.diff(entry[order], prepend=-1))]
+        return entry[best].astype(np.int64), value[best], step[best].astype(np.int64), rank[best].astype(np.int64)
 
 
 def _binned_medians(
