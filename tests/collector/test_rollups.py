@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,26 +16,39 @@ import sqlalchemy as sa
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import rolling, schema
-from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
+from fp8scope_collector.storage.stats_store import StatsStore
 from fp8scope_collector.storage.writer import StatsWriter
 from rollup_reference import compare, stored
 
 SLOTS = 5
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    engine = open_engine(database_url)
+@pytest.fixture(params=["sqlite", "postgresql", "chdb"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    stats = f"?stats=chdb:///{tmp_path}/stats" if request.param == "chdb" else ""
+    url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else f"sqlite:///{tmp_path}/test.db"
+    engine = open_engine(url + stats)
     migrate(engine)
     yield engine
     engine.dispose()
 
 
+@pytest.fixture
+def store(engine: sa.Engine) -> Iterator[StatsStore]:
+    store = open_stats(engine)
+    store.migrate()
+    yield store
+    store.close()
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_rollups_are_the_raw_rows_whatever_happens(engine: sa.Engine, seed: int, monkeypatch: Any) -> None:
+def test_rollups_are_the_raw_rows_whatever_happens(
+    engine: sa.Engine, store: StatsStore, seed: int, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(rolling, "CATCH_UP_ROWS", 40)
     rng = random.Random(seed)
-    writers = [StatsWriter(engine)]
+    writers = [StatsWriter(engine, store)]
     sources = {(rank, life): add_source(engine, rank, life) for life in (1, 2) for rank in range(3)}
     at = dict.fromkeys(sources, 0)
     seq = Counter[tuple[int, int]]()
@@ -53,64 +67,64 @@ def test_rollups_are_the_raw_rows_whatever_happens(engine: sa.Engine, seed: int,
         elif what == "catch up":
             writer.catch_up(now_unix_ns=2**62)
         elif what == "crash":
-            writers[writers.index(writer)] = StatsWriter(engine)
+            writers[writers.index(writer)] = StatsWriter(engine, store)
         elif engine.dialect.name == "postgresql" and len(writers) < 2:
-            writers.append(StatsWriter(engine))
+            writers.append(StatsWriter(engine, store))
         if rng.random() < 0.3:
-            compare(engine)
+            compare(engine, store)
     for writer in writers:
         writer.roll_up()
         while writer.catch_up(now_unix_ns=2**62):
             pass
-    compare(engine)
+    compare(engine, store)
     with engine.connect() as connection:
         lagging = sa.select(sa.func.count()).select_from(schema.coverage).join(schema.source)
         assert connection.scalar(lagging.where(schema.coverage.c.rolled_step <= schema.source.c.last_step)) == 0
 
 
-def test_a_crash_leaves_what_was_not_written_to_be_caught_up(engine: sa.Engine) -> None:
+def test_a_crash_leaves_what_was_not_written_to_be_caught_up(engine: sa.Engine, store: StatsStore) -> None:
     source = add_source(engine, 0, 1)
     rng = random.Random(1)
-    crashed = StatsWriter(engine)
+    crashed = StatsWriter(engine, store)
     crashed.commit([random_batch(rng, source, 1, 7)], now_unix_ns=1)
     crashed.roll_up()
     crashed.commit([random_batch(rng, source, 2, 8)], now_unix_ns=1)
 
-    writer = StatsWriter(engine)
+    writer = StatsWriter(engine, store)
     assert rolled_steps(engine) == [8]
     assert writer.catch_up(now_unix_ns=2**62)
     assert not writer.catch_up(now_unix_ns=2**62)
 
     assert rolled_steps(engine) == [9]
-    compare(engine)
+    compare(engine, store)
 
 
 def test_steady_batches_are_written_every_few_seconds_and_never_caught_up_with(
-    engine: sa.Engine, monkeypatch: Any
+    engine: sa.Engine, store: StatsStore, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(rolling, "FLUSH_ROWS", 3 * SLOTS)
     sources = [add_source(engine, rank, 1) for rank in range(2)]
     rng = random.Random(2)
-    writer = StatsWriter(engine)
+    writer = StatsWriter(engine, store)
 
     for step in range(40):
         writer.commit([random_batch(rng, s, step + 1, step, whole=True) for s in sources], now_unix_ns=1)
         assert not writer.catch_up(now_unix_ns=2**62)
         assert min(rolled_steps(engine)) >= step - 1
 
-    compare(engine)
+    compare(engine, store)
 
 
-def test_pruned_rows_stay_in_the_rollups_even_when_late_rows_come(engine: sa.Engine) -> None:
+def test_pruned_rows_stay_in_the_rollups_even_when_late_rows_come(engine: sa.Engine, store: StatsStore) -> None:
     source = add_source(engine, 0, 1)
     rng = random.Random(3)
-    writer = StatsWriter(engine)
+    writer = StatsWriter(engine, store)
     for step in range(32):
         writer.commit([random_batch(rng, source, step + 1, step, whole=True)], now_unix_ns=1)
     writer.roll_up()
     before = stored(engine)
     with engine.begin() as connection:
-        connection.execute(sa.delete(schema.stats).where(schema.stats.c.step < 20))
+        store.prune(connection, source.id, 20)
         connection.execute(sa.update(schema.coverage).values(pruned_step=20))
 
     writer.commit([random_batch(rng, source, 33, 18, whole=True)], now_unix_ns=1)

@@ -10,8 +10,14 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
+from fp8core.records import FIELDS
 from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.history import Span
 from fp8scope_collector.storage.rollups import COUNTS, LEVELS, PLACED, SUMS, VALUES, Rollup, place
+from fp8scope_collector.storage.sql_stats import SqlStats
+from fp8scope_collector.storage.stats_store import StatsStore
+
+_FIELDS = [field.name for field in FIELDS]
 
 
 def stored(engine: sa.Engine) -> dict[tuple[int, int, int], Rollup]:
@@ -31,19 +37,21 @@ def _stored(connection: sa.Connection) -> dict[tuple[int, int, int], Rollup]:
     return merged
 
 
-def compare(engine: sa.Engine) -> None:
-    """Every array of every bucket against plain Python over the raw rows."""
-    source, coverage, stats = schema.source.c, schema.coverage.c, schema.stats.c
-    query = (
-        sa.select(source.incarnation, source.rank, schema.stats)
-        .join_from(schema.stats, schema.source, source.id == stats.source_id)
-        .join(schema.coverage, coverage.source_id == source.id)
-        .where(stats.step < coverage.rolled_step)
-    )
+def compare(engine: sa.Engine, store: StatsStore | None = None) -> None:
+    """Every array of every bucket against plain Python over the raw rows, which are in the database or in `store`."""
+    store = store or SqlStats(engine.dialect.name)
+    source, coverage = schema.source.c, schema.coverage.c
+    sources = sa.select(source.id, source.incarnation, source.rank, coverage.rolled_step)
+    sources = sources.join_from(schema.source, schema.coverage, coverage.source_id == source.id)
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":  # one snapshot, as SQLite has: a collector may be writing
             connection = connection.execution_options(isolation_level="REPEATABLE READ")
-        rows = connection.execute(query).mappings().all()
+        rows = [
+            {"incarnation": own.incarnation, "rank": own.rank, **row}
+            for own in connection.execute(sources).all()
+            for batch in store.rows(connection, [Span(own.id, own.incarnation, 0, own.rolled_step - 1)], _FIELDS)
+            for row in batch.to_pylist()
+        ]
         got = _stored(connection)
     expected: dict[tuple[int, int, int], dict[int, list[Any]]] = {}
     for row, level in itertools.product(rows, LEVELS):
