@@ -16,8 +16,11 @@ thread: what other processes do moves it less, but waiting for the interpreter's
 
 And `Monitor.step` alone, at the slots of a 70B model, and how short steps may be before rows are dropped.
 
-    python bench/agent_overhead.py               # writes bench/results/agent_overhead.json; about 10 minutes
-    python bench/agent_overhead.py --rounds 1 --batch 1 --only native
+    python bench/agent_overhead.py                          # about 10 minutes
+    python bench/agent_overhead.py --only shadow            # 2 minutes; replaces these lines of the results
+    python bench/agent_overhead.py --rounds 1 --batch 1     # a try; writes nothing
+
+The results are in bench/results/agent_overhead.json.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import logging
@@ -57,6 +61,8 @@ CALLS_OF_70B = 200
 SHORT_STEPS = 2000
 
 ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-bench"  # where the peers are: `make bench` makes it
+RESULTS = Path(__file__).resolve().parent / "results" / "agent_overhead.json"
+CALLS, SHORT = "70b", "short_steps"  # what else is measured, and its name in the results
 NATIVE, PLAIN = "native, nobody watches", "plain, nobody watches"
 
 Watch = Callable[[int, Tensor], None]  # called after each step with its number and its loss
@@ -102,7 +108,9 @@ class Variant:
         self._step += 1
 
 
-def variants(address: str, folder: Path, batch: int, exits: contextlib.ExitStack) -> Iterator[Variant]:
+def variants(address: str, folder: Path, batch: int, exits: contextlib.ExitStack) -> dict[str, Callable[[], Variant]]:
+    """How each variant is made: a model takes 130 MB with its optimizer, and only those that are asked for exist."""
+
     def attached(
         name: str, against: str, model: nn.Module, *, every: int = 1, histograms: int = 0, shadow: bool = False
     ) -> Variant:
@@ -126,24 +134,44 @@ def variants(address: str, folder: Path, batch: int, exits: contextlib.ExitStack
     def nothing(step: int, loss: Tensor) -> None:
         pass
 
-    yield Variant(NATIVE, "", native(), nothing, batch)
-    yield attached("native, every step", NATIVE, native())
-    yield attached("native, every=10", NATIVE, native(), every=EVERY)
-    yield attached("native, every step with histograms", NATIVE, native(), histograms=1)
-    yield Variant(PLAIN, "", plain(), nothing, batch)
-    yield attached("shadow, every step", PLAIN, plain(), shadow=True)
-    yield attached("shadow, every=10", PLAIN, plain(), every=EVERY, shadow=True)
-    model = plain()
-    yield Variant("hooks with .item()", PLAIN, model, Hooks(model), batch, steps=1)
-    for name, make in (("tensorboard histograms", tensorboard), ("wandb.watch(log='all')", wandb_watch)):
+    def hooked(name: str) -> Variant:
         model = plain()
-        try:
-            watch = make(model, folder, exits)
-        except ImportError as error:
-            print(f"left out: {name}: {error}; `make bench` installs it", file=sys.stderr)
-        else:
-            yield Variant(name, PLAIN, model, watch, batch, steps=1)
-    yield Variant("torchao, no statistics", PLAIN, torchao(), nothing, batch, steps=1)
+        return Variant(name, PLAIN, model, Hooks(model), batch, steps=1)
+
+    def peer(name: str, make: Callable[[nn.Module, Path, contextlib.ExitStack], Watch]) -> Variant:
+        model = plain()
+        return Variant(name, PLAIN, model, make(model, folder, exits), batch, steps=1)
+
+    makers: dict[str, Callable[[str], Variant]] = {
+        NATIVE: lambda name: Variant(name, "", native(), nothing, batch),
+        "native, every step": lambda name: attached(name, NATIVE, native()),
+        "native, every=10": lambda name: attached(name, NATIVE, native(), every=EVERY),
+        "native, every step with histograms": lambda name: attached(name, NATIVE, native(), histograms=1),
+        PLAIN: lambda name: Variant(name, "", plain(), nothing, batch),
+        "shadow, every step": lambda name: attached(name, PLAIN, plain(), shadow=True),
+        "shadow, every=10": lambda name: attached(name, PLAIN, plain(), every=EVERY, shadow=True),
+        "hooks with .item()": hooked,
+        "tensorboard histograms": lambda name: peer(name, tensorboard),
+        "wandb.watch(log='all')": lambda name: peer(name, wandb_watch),
+        "torchao, no statistics": lambda name: Variant(name, PLAIN, torchao(), nothing, batch, steps=1),
+    }
+    return {name: functools.partial(make, name) for name, make in makers.items()}
+
+
+def contestants_of(makers: dict[str, Callable[[], Variant]], only: str) -> dict[str, Variant]:
+    """The variants with `only` in their names, each after what it is compared with; without peers that are missing."""
+    found: dict[str, Variant] = {}
+    for name, make in makers.items():
+        if only in name:
+            try:
+                variant = make()
+            except ImportError as error:
+                print(f"left out: {name}: {error}; `make bench` installs it", file=sys.stderr)
+                continue
+            if variant.against and variant.against not in found:
+                found[variant.against] = makers[variant.against]()
+            found.setdefault(name, variant)
+    return found
 
 
 def plain() -> nn.Module:
@@ -294,69 +322,72 @@ def collector(folder: Path) -> Iterator[str]:
         process.wait(20)
 
 
-def table(contestants: list[Variant]) -> list[dict[str, object]]:
-    lines: list[dict[str, object]] = []
-    for variant in contestants:
-        line: dict[str, object] = {
-            "variant": variant.name,
-            "step_ms": round(1e3 * statistics.median(variant.seconds), 1),
-        }
-        if variant.against:
-            line["against"] = variant.against
-            for name, ratios in zip(("ratio", "cpu"), zip(*variant.ratios, strict=True), strict=True):
-                low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-                line[name] = [round(median, 4), round(low, 4), round(high, 4)]  # median and quartiles
-        lines.append(line)
-    return lines
+def line_of(variant: Variant, rounds: int) -> dict[str, object]:
+    line: dict[str, object] = {
+        "variant": variant.name,
+        "step_ms": round(1e3 * statistics.median(variant.seconds), 1),
+        "rounds": rounds,
+        "load": round(os.getloadavg()[0], 2),
+        "month": datetime.datetime.now(datetime.UTC).strftime("%Y-%m"),
+    }
+    if variant.against:
+        line["against"] = variant.against
+        for name, ratios in zip(("ratio", "cpu"), zip(*variant.ratios, strict=True), strict=True):
+            low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            line[name] = [round(median, 4), round(low, 4), round(high, 4)]  # median and quartiles
+    return line
+
+
+def race(contestants: dict[str, Variant], rounds: int) -> list[dict[str, object]]:
+    for variant in contestants.values():
+        variant.turn()  # warms up
+        variant.seconds.clear()
+    for round_number in range(rounds):
+        for variant in contestants.values():
+            if variant.against:
+                variant.compare(contestants[variant.against], first=round_number % 2 == 1)
+    return [line_of(variant, rounds) for variant in contestants.values()]
+
+
+def publish(batch: int, lines: list[dict[str, object]], calls: dict[str, object]) -> None:
+    """Into the results' file, where what was measured now replaces what was measured before, variant by variant."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    table = {line["variant"]: line for line in old.get("table", [])} | {str(line["variant"]): line for line in lines}
+    gpt = {"layers": LAYERS, "width": WIDTH, "context": CONTEXT, "batch": batch, "slots": 12 * LAYERS}
+    result = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, one training thread",
+        "gpt": gpt,
+        "table": list(table.values()),
+        **{name: old[name] for name in (CALLS, SHORT) if name in old},
+        **calls,
+    }
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What watching costs.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: the demo's %(default)s)")
-    parser.add_argument("--only", default="", help="variants whose names have this in them, and what they are against")
+    parser.add_argument("--only", default="", help=f"variants with this in their names, or {CALLS} or {SHORT}")
     arguments = parser.parse_args()
     python = ENVIRONMENT / "bin" / "python"
     if python.exists() and Path(sys.prefix) != ENVIRONMENT:
         os.execv(python, [str(python), *sys.argv])
     torch.set_num_threads(1)
     gc.freeze()
-    with tempfile.TemporaryDirectory() as name, collector(Path(name)) as address, contextlib.ExitStack() as exits:
+    calls: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as name, collector(Path(name)) as address:
         folder = Path(name)
-        all_of_them = list(variants(address, folder, arguments.batch, exits))
-        wanted = {variant.against for variant in all_of_them if arguments.only in variant.name}
-        contestants = [one for one in all_of_them if arguments.only in one.name or one.name in wanted]
-        by_name = {variant.name: variant for variant in contestants}
-        for variant in contestants:
-            variant.turn()  # warms up
-            variant.seconds.clear()
-        for round_number in range(arguments.rounds):
-            for variant in contestants:
-                if variant.against:
-                    variant.compare(by_name[variant.against], first=round_number % 2 == 1)
-        result = {
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, one training thread",
-            "month": datetime.datetime.now(datetime.UTC).strftime("%Y-%m"),
-            "load": os.getloadavg()[0],
-            "gpt": {
-                "layers": LAYERS,
-                "width": WIDTH,
-                "context": CONTEXT,
-                "batch": arguments.batch,
-                "slots": 12 * LAYERS,
-            },
-            "rounds": arguments.rounds,
-            "table": table(contestants),
-        }
-        exits.close()
-        if not arguments.only:
-            result["70b"] = calls_of_70b(address, folder / "spool")
-            result["short_steps"] = [short_steps(address, folder / "spool", slots) for slots in (72, SLOTS_OF_70B)]
-    out = Path(__file__).parent / "results" / "agent_overhead.json"
-    text = json.dumps(result, indent=2)
-    if not arguments.only and arguments.rounds > 1:
-        out.write_text(text + "\n")
-    print(text)
+        with contextlib.ExitStack() as exits:
+            contestants = contestants_of(variants(address, folder, arguments.batch, exits), arguments.only)
+            lines = race(contestants, arguments.rounds)
+        if arguments.only in CALLS:
+            calls[CALLS] = calls_of_70b(address, folder / "spool")
+        if arguments.only in SHORT:
+            calls[SHORT] = [short_steps(address, folder / "spool", slots) for slots in (72, SLOTS_OF_70B)]
+    print(json.dumps({"table": lines, **calls}, indent=2))
+    if arguments.rounds > 1 and arguments.batch == parser.get_default("batch"):
+        publish(arguments.batch, lines, calls)
 
 
 if __name__ == "__main__":

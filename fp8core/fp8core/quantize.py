@@ -18,6 +18,8 @@ Everything about its form was measured against torch.compile, activation checkpo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,7 +29,7 @@ from fp8core import device_scaling
 from fp8core.formats import FORMATS, Fp8Format
 from fp8core.kernels import kernels_for
 from fp8core.ops import define
-from fp8core.recipes import ConstantScaling, DelayedScaling, Recipe, parse_recipe
+from fp8core.recipes import AmaxScaling, ConstantScaling, DelayedScaling, Recipe, parse_recipe
 from fp8core.records import Role
 from fp8core.stats import NO_ARENA, StatsArena, recording_arena
 
@@ -96,8 +98,19 @@ def observe_body(
 
     The state of delayed scaling moves on at every call, recorded or not, for a pass over the data.
     """
-    role, fmt, recipe = Role(role_name), FORMATS[fmt_name], parse_recipe(recipe_text)
+    recipe, role, fmt, margin = _parsed(recipe_text, role_name, fmt_name)
     arena = observing_arena(x, role, arena_handle)
+    if arena is not None and isinstance(recipe, AmaxScaling):
+        x = x.detach().contiguous()
+        _add_histogram(x, role, arena, slot)
+        kernels_for(x.device.type).count_by_amax(
+            *(x, fmt, margin, recipe.clamp),
+            words=arena.words,
+            slot=slot,
+            overwrite=role is Role.WEIGHT,
+            last_scales=arena.last_scales,
+        )
+        return
     if arena is not None:
         scale = _scale(x.detach().contiguous(), recipe, role, fmt, state)
         amax = observe_cast(x, scale, role, fmt, arena, slot)
@@ -107,6 +120,13 @@ def observe_body(
         return
     if isinstance(recipe, DelayedScaling):
         _data(state).copy_(device_scaling.delayed_update(_data(state), amax, fmt, recipe))
+
+
+@functools.cache
+def _parsed(recipe_text: str, role_name: str, fmt_name: str) -> tuple[Recipe, Role, Fp8Format, int]:
+    """What an operation's texts say, and the margin: some 100 us a call where the caches are cold."""
+    recipe, role = parse_recipe(recipe_text), Role(role_name)
+    return recipe, role, FORMATS[fmt_name], recipe.margin(role)
 
 
 def observing_arena(x: Tensor, role: Role, arena_handle: int) -> StatsArena | None:
@@ -119,10 +139,15 @@ def observing_arena(x: Tensor, role: Role, arena_handle: int) -> StatsArena | No
 def observe_cast(x: Tensor, scale: Tensor, role: Role, fmt: Fp8Format, arena: StatsArena, slot: Tensor) -> Tensor:
     """Leaves the statistics of `x` cast with `scale`, float32 0-d, in `arena`; the amax of `x`."""
     x = x.detach().contiguous()
-    kernels, overwrite = kernels_for(x.device.type), role is Role.WEIGHT
+    _add_histogram(x, role, arena, slot)
+    kernels = kernels_for(x.device.type)
+    return kernels.count(x, scale, fmt, words=arena.words, slot=slot, overwrite=role is Role.WEIGHT)
+
+
+def _add_histogram(x: Tensor, role: Role, arena: StatsArena, slot: Tensor) -> None:
     if arena.record_histograms:
-        arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
-    return kernels.count(x, scale, fmt, words=arena.words, slot=slot, overwrite=overwrite)
+        counts = kernels_for(x.device.type).exponent_histogram(x)
+        arena.add_histogram(slot, counts, overwrite=role is Role.WEIGHT)
 
 
 def _castable(x: Tensor) -> bool:
@@ -153,10 +178,8 @@ def _cast(
     if arena is None:
         return kernels.cast(x, scale, fmt)
     assert slot is not None
-    overwrite = role is Role.WEIGHT
-    if arena.record_histograms:
-        arena.add_histogram(slot, kernels.exponent_histogram(x), overwrite=overwrite)
-    return kernels.cast(x, scale, fmt, words=arena.words, slot=slot, overwrite=overwrite)
+    _add_histogram(x, role, arena, slot)
+    return kernels.cast(x, scale, fmt, words=arena.words, slot=slot, overwrite=role is Role.WEIGHT)
 
 
 def recast(x: Tensor, scale: Tensor, fmt: Fp8Format | str) -> Tensor:

@@ -42,6 +42,7 @@ class StatsArena:
         self.slots = slots
         self._empty = torch.from_numpy(empty_row()).to(device)
         self.words = torch.empty(slots, len(COLUMNS), dtype=torch.int64, device=device)
+        self.last_scales = torch.ones(slots)  # on the host; for `kernels.count_by_amax`
         self.histograms: Tensor | None = None
         self._histograms_used = False
         self.recording = True

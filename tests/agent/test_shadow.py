@@ -147,6 +147,28 @@ def test_the_state_of_delayed_scaling_moves_on_in_steps_that_are_not_recorded() 
     assert seen[0][0, COLUMNS.index("scale_max")].view(torch.float64).item() != 1.0
 
 
+def test_function_transforms_of_a_watched_model_give_what_they_gave_and_all_but_vmap_are_observed() -> None:
+    plain, watched = build(torch.float32), build(torch.float32)
+    tap = shadowed(watched)
+    x = torch.randn(3, 4, 16)
+
+    def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(model, parameters, (x,)).square().mean()
+            return out
+
+        parameters = dict(model.named_parameters())
+        found: dict[str, Tensor] = torch.func.grad(loss)(parameters, x)
+        assert words(tap)[:, 0].tolist() == [int(model is watched)] * 12
+        each: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        return found | {f"{name} of each": gradient for name, gradient in each.items()}
+
+    expected, got = gradients(plain, x), gradients(watched, x)
+
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert words(tap)[:, 0].tolist() == [1] * 12
+
+
 def test_formats_and_layers_can_be_chosen(collector: FakeCollector) -> None:
     model = nn.ModuleDict({"body": nn.Linear(16, 16), "head": nn.Linear(16, 4)})
     imagined = fp8scope.Shadow(

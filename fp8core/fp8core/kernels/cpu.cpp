@@ -11,18 +11,23 @@
 //   encode  in 32 bits: multiply, clamp, round, pack; overflow, sums of squares
 //   tally   over the codes in 8 bits: underflow, subnormal
 //
+// Where nobody wants the payload there are no codes and two passes: `scan` counts underflow and subnormal too, by the
+// largest magnitudes of x that become 0 or a subnormal (a cast never reverses the order of two magnitudes).
+//
 // Rounding is done by adding and subtracting a power of two whose last place is the FP8 format's at that magnitude:
 // exact round-half-even in every format, subnormals included, as long as the compiler does not contract the
 // arithmetic (-ffp-contract=off) and the processor rounds to nearest (DefaultFloatMode sees to it).
 //
 // Words: y = fl32(x * scale) is the scaled value, q the FP8 value, a a magnitude (sign bit clear).
 
+#include <atomic>
 #include <cfenv>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
 
 namespace {
 
@@ -164,17 +169,51 @@ template <class In> typename In::Word largest_of(typename In::Words lanes) {
     return largest;
 }
 
-// amax and nonfinite; with ZEROS zeros too.
-template <class In, bool ZEROS> void scan(const typename In::Word* x, int n, Tally& tally) {
+// The largest finite magnitudes of x whose codes are zero, and zero or subnormal.
+template <class In> struct Borders {
+    typename In::Word flushed, subnormal;
+
+    Borders(float scale, const Target& target) {
+        const float smallest_normal = bit_cast<float>(target.smallest_normal);
+        const float half_step = std::ldexp(smallest_normal, -target.mantissa_bits - 1);
+        flushed = largest_within(half_step, scale);  // the tie between 0 and the smallest subnormal goes to 0
+        subnormal = largest_within(std::nextafter(smallest_normal - half_step, 0.0f), scale);  // the other tie up
+    }
+
+    static typename In::Word largest_within(float limit, float scale) {
+        int32_t low = 0, high = In::LAST_FINITE;
+        while (low < high) {
+            const int32_t middle = high - (high - low) / 2;
+            if (to_float<In>(typename In::Word(middle)) * scale <= limit)
+                low = middle;
+            else
+                high = middle - 1;
+        }
+        return typename In::Word(low);
+    }
+};
+
+// amax and nonfinite; with ZEROS zeros too, with BORDERS also what lies within them.
+template <class In, bool ZEROS, bool BORDERS = false>
+void scan(const typename In::Word* x, int n, Tally& tally, const Borders<In>* borders = nullptr) {
     typedef typename In::Words Words;
+    typedef typename std::make_signed<typename In::Word>::type Signed;
     constexpr int COUNT = sizeof(Words) / sizeof(typename In::Word);
-    Words largest{}, zeros{};
+    const Words last_flushed = Words{} + (BORDERS ? Signed(borders->flushed) : Signed(0));
+    const Words last_subnormal = Words{} + (BORDERS ? Signed(borders->subnormal) : Signed(0));
+    Words largest{}, zeros{}, flushed{}, below_normal{};
     for (int i = 0; i < n; i += COUNT) {
         const Words a = load<Words>(x + i) & In::MAGNITUDE;
         largest = a > largest ? a : largest;
         if (ZEROS) zeros -= Words(a == 0);
+        if (BORDERS) {
+            flushed -= Words(a <= last_flushed);
+            below_normal -= Words(a <= last_subnormal);
+        }
     }
     tally.zeros = total(zeros);
+    tally.flushed = total(flushed);
+    tally.subnormal = total(below_normal) - tally.flushed;
     if (largest_of<In>(largest) > In::LAST_FINITE) {
         Words nonfinite{};
         largest = Words{};
@@ -199,7 +238,8 @@ void drop_signed_zeros(uint8_t* q, int n) {
 }
 
 // CAREFUL: the block may hold an Inf or NaN, which take no part in overflow and sums, or values that are clipped.
-template <class In, bool STATS, bool CAREFUL>
+// Without KEEP `q` is left alone.
+template <class In, bool STATS, bool CAREFUL, bool KEEP>
 void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target, Tally& tally) {
     const int shift = 23 - target.mantissa_bits;
     const int fields = target.smallest_normal >> shift;
@@ -215,7 +255,7 @@ void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Ta
     Floats sum_sq{}, err_sq{};
     for (int i = 0; i < n; i += LANES) {
         __builtin_prefetch(x + i + BLOCK);  // the next block comes while this pass computes
-        __builtin_prefetch(q + i + BLOCK, 1);
+        if (KEEP) __builtin_prefetch(q + i + BLOCK, 1);
         const Floats wide = In::widen(x + i);
         const Floats y = wide * scale;
         const Ints bits = bit_cast<Ints>(y);
@@ -240,14 +280,16 @@ void encode(const typename In::Word* x, uint8_t* q, int n, float scale, const Ta
         } else {
             code |= sign;
         }
-        const QuarterRegister packed = narrow(code);
-        std::memcpy(q + i, &packed, sizeof packed);
+        if (KEEP) {
+            const QuarterRegister packed = narrow(code);
+            std::memcpy(q + i, &packed, sizeof packed);
+        }
         if (STATS) {
             sum_sq += counted * counted;
             err_sq += error * error;
         }
     }
-    if (!CAREFUL && target.fnuz) drop_signed_zeros(q, n);
+    if (KEEP && !CAREFUL && target.fnuz) drop_signed_zeros(q, n);
     if (STATS) {
         tally.overflow = total(overflow);
         for (int i = 0; i < LANES; ++i) {
@@ -300,48 +342,72 @@ void sums_in_float64(const typename In::Word* x, const uint8_t* q, int n, float 
     }
 }
 
+// Within these limits a block's squares neither overflow a float32 nor lose what matters to its sum.
+inline bool squares_fit(float y_max) { return y_max >= 0x1p-40f && y_max <= 0x1p50f; }
+
 template <class In, bool STATS>
 Tally cast_padded(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target) {
     Tally tally;
     scan<In, STATS>(x, n, tally);
     const float y_max = tally.amax * scale;
     if (tally.nonfinite || bit_cast<int32_t>(y_max) > target.overflow_above)
-        encode<In, STATS, true>(x, q, n, scale, target, tally);
+        encode<In, STATS, true, true>(x, q, n, scale, target, tally);
     else
-        encode<In, STATS, false>(x, q, n, scale, target, tally);
+        encode<In, STATS, false, true>(x, q, n, scale, target, tally);
     if (STATS) {
         tally_codes(q, n, target, tally);
-        // Within these limits a block's squares neither overflow a float32 nor lose what matters to its sum.
-        const bool in_range = y_max >= 0x1p-40f && y_max <= 0x1p50f;
-        if (tally.amax > 0 && !in_range) sums_in_float64<In>(x, q, n, scale, target, tally);
+        if (tally.amax > 0 && !squares_fit(y_max)) sums_in_float64<In>(x, q, n, scale, target, tally);
     }
     return tally;
 }
 
-template <class In, bool STATS>
-Tally cast_block(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target) {
-    if (n % PAD == 0) return cast_padded<In, STATS>(x, q, n, scale, target);
+// The tally of `cast_padded`, without its payload.
+template <class In>
+Tally count_padded(const typename In::Word* x, int n, float scale, const Target& target, const Borders<In>& borders) {
+    Tally tally;
+    scan<In, true, true>(x, n, tally, &borders);
+    const float y_max = tally.amax * scale;
+    if (tally.amax > 0 && !squares_fit(y_max)) {
+        uint8_t q[BLOCK];
+        return cast_padded<In, true>(x, q, n, scale, target);
+    }
+    if (tally.nonfinite || bit_cast<int32_t>(y_max) > target.overflow_above)
+        encode<In, true, true, false>(x, nullptr, n, scale, target, tally);
+    else
+        encode<In, true, false, false>(x, nullptr, n, scale, target, tally);
+    return tally;
+}
+
+// Calls body(x, n) on a block whose n is a multiple of PAD: this one, or a copy of it with zeros behind, of which the
+// tally knows nothing.
+template <class In, class Body> Tally on_padded(const typename In::Word* x, int n, const Body& body) {
+    if (n % PAD == 0) return body(x, n);
     const int padded = (n + PAD - 1) / PAD * PAD;
     typename In::Word x_padded[BLOCK] = {};
-    uint8_t q_padded[BLOCK];
     std::memcpy(x_padded, x, size_t(n) * sizeof *x);
-    Tally tally = cast_padded<In, STATS>(x_padded, q_padded, padded, scale, target);
-    std::memcpy(q, q_padded, size_t(n));
+    Tally tally = body(x_padded, padded);
     tally.zeros -= padded - n;
     tally.flushed -= padded - n;
     return tally;
 }
 
+template <class In, bool STATS>
+Tally cast_block(const typename In::Word* x, uint8_t* q, int n, float scale, const Target& target) {
+    return on_padded<In>(x, n, [&](const typename In::Word* block, int count) {
+        if (count == n) return cast_padded<In, STATS>(block, q, n, scale, target);
+        uint8_t q_padded[BLOCK];
+        const Tally tally = cast_padded<In, STATS>(block, q_padded, count, scale, target);
+        std::memcpy(q, q_padded, size_t(n));
+        return tally;
+    });
+}
+
 template <class In> Tally scan_block(const typename In::Word* x, int n) {
-    Tally tally;
-    if (n % PAD == 0) {
-        scan<In, false>(x, n, tally);
-    } else {
-        typename In::Word x_padded[BLOCK] = {};
-        std::memcpy(x_padded, x, size_t(n) * sizeof *x);
-        scan<In, false>(x_padded, (n + PAD - 1) / PAD * PAD, tally);
-    }
-    return tally;
+    return on_padded<In>(x, n, [](const typename In::Word* block, int count) {
+        Tally tally;
+        scan<In, false>(block, count, tally);
+        return tally;
+    });
 }
 
 // ------------------------------------------------------------------------------------------------------- threads
@@ -388,15 +454,49 @@ template <class In, bool STATS>
 Tally cast_all(const void* x, int64_t n, float scale, const Target& target, uint8_t* q, int threads) {
     const auto* words = static_cast<const typename In::Word*>(x);
     return over_blocks(n, threads, [&](int64_t first, int count) {
-        uint8_t unwanted[BLOCK];
-        return cast_block<In, STATS>(words + first, q ? q + first : unwanted, count, scale, target);
+        return cast_block<In, STATS>(words + first, q + first, count, scale, target);
     });
 }
 
+// How AmaxScaling makes a scale of an amax: device_scaling.amax_scale, bit for bit.
+struct AmaxRule {
+    double max;  // the format's, lowered by the margin
+    int clamp;
+
+    float scale(float amax) const {
+        if (!(amax > 0)) return 1.0f;
+        const int64_t exp2 = (bit_cast<int64_t>(max) - bit_cast<int64_t>(double(amax))) >> 52;
+        return std::ldexp(1.0f, int(exp2 < -clamp ? -clamp : exp2 > clamp ? clamp : exp2));
+    }
+};
+
+// What `cast_all` tallies, without a payload. With `rule` it only looks for the amax as soon as a block has one for
+// which `scale` is too large.
 template <class In>
-Tally cast_from(const void* x, int64_t n, float scale, const Target& target, uint8_t* q, bool stats, int threads) {
-    return stats ? cast_all<In, true>(x, n, scale, target, q, threads)
-                 : cast_all<In, false>(x, n, scale, target, q, threads);
+Tally count_all(const void* x, int64_t n, float scale, const Target& target, int threads,
+                const AmaxRule* rule = nullptr) {
+    const auto* words = static_cast<const typename In::Word*>(x);
+    const Borders<In> borders(scale, target);
+    std::atomic<bool> too_large{false};
+    return over_blocks(n, threads, [&](int64_t first, int count) {
+        if (too_large.load(std::memory_order_relaxed)) return scan_block<In>(words + first, count);
+        const Tally tally = on_padded<In>(words + first, count, [&](const typename In::Word* block, int padded) {
+            return count_padded<In>(block, padded, scale, target, borders);
+        });
+        if (rule && tally.amax > 0 && rule->scale(tally.amax) < scale) too_large.store(true, std::memory_order_relaxed);
+        return tally;
+    });
+}
+
+// With the scale that the rule gives, which is known only at the end: counted is with `scale` first, most often the
+// right one, and with the right one again if it was not. So x is read once, mostly, and `scale` is the right one then.
+template <class In>
+Tally count_by_amax(const void* x, int64_t n, float& scale, const AmaxRule& rule, const Target& target, int threads) {
+    const Tally tally = count_all<In>(x, n, scale, target, threads, &rule);
+    const float right = rule.scale(tally.amax);
+    if (right == scale) return tally;
+    scale = right;
+    return count_all<In>(x, n, scale, target, threads);
 }
 
 template <class In> float amax_of(const void* x, int64_t n, int threads) {
@@ -549,27 +649,74 @@ void write_row(int64_t* words, const Tally& tally, float scale, int64_t numel, b
 
 // --------------------------------------------------------------------------------------- what cpu.py calls
 //
-// `type` is the index of x's dtype in cpu.py's INPUT_TYPES; tensors are contiguous.
+// `type` is the index of x's dtype in cpu.py's INPUT_TYPES; tensors are contiguous. A row is number *slot of the `slots`
+// that begin at `words`. Functions with an outcome other than DONE have done nothing then.
+
+namespace {
+
+enum Outcome { DONE, NO_SCALE, NO_SLOT };  // not a finite scale, or a negative one; not a row of the arena
+
+// Calls body(In()) with x's type.
+template <class Body> auto for_type(int type, const Body& body) {
+    return type == 0 ? body(BFloat16()) : type == 1 ? body(Half()) : body(Float32());
+}
+
+bool is_scale(float scale) { return scale >= 0 && scale <= FLT_MAX; }
+bool is_slot(int64_t slot, int64_t slots) { return slot >= 0 && slot < slots; }
+int64_t* row_of(int64_t* words, int64_t slot) { return words + slot * int64_t(sizeof(Row) / sizeof(int64_t)); }
+
+}  // namespace
 
 extern "C" {
 
 void fp8_amax(const void* x, int64_t n, int type, float* amax, int threads) {
     const DefaultFloatMode mode;
-    *amax = type == 0   ? amax_of<BFloat16>(x, n, threads)
-            : type == 1 ? amax_of<Half>(x, n, threads)
-                        : amax_of<Float32>(x, n, threads);
+    *amax = for_type(type, [&](auto in) { return amax_of<decltype(in)>(x, n, threads); });
 }
 
-// `row` is null where no statistics are wanted.
-void fp8_cast(const void* x, int64_t n, int type, const float* scale, const Target* target, uint8_t* q, float* amax,
-              int64_t* row, int overwrite, int threads) {
+// `words` is null where no statistics are wanted.
+int fp8_cast(const void* x, int64_t n, int type, const float* scale, const Target* target, uint8_t* q, float* amax,
+             int64_t* words, int64_t slots, const int64_t* slot, int overwrite, int threads) {
     const DefaultFloatMode mode;
     const float factor = *scale;
-    const Tally tally = type == 0   ? cast_from<BFloat16>(x, n, factor, *target, q, row != nullptr, threads)
-                        : type == 1 ? cast_from<Half>(x, n, factor, *target, q, row != nullptr, threads)
-                                    : cast_from<Float32>(x, n, factor, *target, q, row != nullptr, threads);
+    if (!is_scale(factor)) return NO_SCALE;
+    if (words && !is_slot(*slot, slots)) return NO_SLOT;
+    const Tally tally = for_type(type, [&](auto in) {
+        return words ? cast_all<decltype(in), true>(x, n, factor, *target, q, threads)
+                     : cast_all<decltype(in), false>(x, n, factor, *target, q, threads);
+    });
     *amax = tally.amax;
-    if (row) write_row(row, tally, factor, n, overwrite != 0);
+    if (words) write_row(row_of(words, *slot), tally, factor, n, overwrite != 0);
+    return DONE;
+}
+
+int fp8_count(const void* x, int64_t n, int type, const float* scale, const Target* target, float* amax,
+              int64_t* words, int64_t slots, const int64_t* slot, int overwrite, int threads) {
+    const DefaultFloatMode mode;
+    const float factor = *scale;
+    if (!is_scale(factor)) return NO_SCALE;
+    if (!is_slot(*slot, slots)) return NO_SLOT;
+    const Tally tally =
+        for_type(type, [&](auto in) { return count_all<decltype(in)>(x, n, factor, *target, threads); });
+    *amax = tally.amax;
+    write_row(row_of(words, *slot), tally, factor, n, overwrite != 0);
+    return DONE;
+}
+
+// `last_scales[*slot]`, the bits of a float32: the scale that the slot had last time, and then the one of this time.
+int fp8_count_by_amax(const void* x, int64_t n, int type, double max, int clamp, const Target* target,
+                      int32_t* last_scales, int64_t* words, int64_t slots, const int64_t* slot, int overwrite,
+                      int threads) {
+    const DefaultFloatMode mode;
+    if (!is_slot(*slot, slots)) return NO_SLOT;
+    const AmaxRule rule = {max, clamp};
+    int32_t* last_scale = last_scales + *slot;  // of two backwards at once, perhaps
+    float scale = bit_cast<float>(__atomic_load_n(last_scale, __ATOMIC_RELAXED));
+    const Tally tally =
+        for_type(type, [&](auto in) { return count_by_amax<decltype(in)>(x, n, scale, rule, *target, threads); });
+    __atomic_store_n(last_scale, bit_cast<int32_t>(scale), __ATOMIC_RELAXED);
+    write_row(row_of(words, *slot), tally, scale, n, overwrite != 0);
+    return DONE;
 }
 
 // To float32, or to bf16 where `narrow` is set.
@@ -594,11 +741,6 @@ void fp8_unscale(const float* y, int64_t n, const float* scale_a, const float* s
 
 // Adds to counts[256].
 void fp8_exponents(const void* x, int64_t n, int type, int64_t* counts, int threads) {
-    if (type == 0)
-        count_exponents<BFloat16>(x, n, counts, threads);
-    else if (type == 1)
-        count_exponents<Half>(x, n, counts, threads);
-    else
-        count_exponents<Float32>(x, n, counts, threads);
+    for_type(type, [&](auto in) { count_exponents<decltype(in)>(x, n, counts, threads); });
 }
 }

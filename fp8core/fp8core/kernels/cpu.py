@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -43,6 +44,7 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 _COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
 _FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 _COMPILE_DEADLINE_S = 120.0
+_NO_SCALE = 1  # cpu.cpp's `Outcome`
 # Below this one thread is faster than waking the others.
 _ELEMENTS_FOR_THREADS = 1 << 16
 
@@ -57,7 +59,7 @@ def amax(x: torch.Tensor) -> torch.Tensor:
     """The largest finite |x| as a float32 0-d tensor; 0 if there is none."""
     x = _checked(x)
     result = torch.empty((), dtype=torch.float32)
-    _library().fp8_amax(x.data_ptr(), x.numel(), INPUT_TYPES.index(x.dtype), result.data_ptr(), _threads(x.numel()))
+    _library().fp8_amax(*_tensor(x), result.data_ptr(), _threads(x.numel()))
     return result
 
 
@@ -74,47 +76,63 @@ def cast(
 
     The payload is the saturating round-half-even cast of fl32(x * scale): NaN becomes the format's NaN with x's sign
     (FNUZ has one NaN, without a sign), an infinity becomes the largest value and counts as nonfinite only. `scale`
-    is a positive finite float32 0-d tensor. Where x * scale leaves float32's range a finite x is clipped like any other
-    overflow.
+    is a finite float32 0-d tensor, not negative. Where x * scale leaves float32's range a finite x is clipped like any
+    other overflow.
 
     `words` is int64 [slots, len(COLUMNS)], `slot` a 0-d int64 tensor; `overwrite` replaces the row (weights).
 
     Raises:
         TypeError: x, words or slot have another dtype.
         IndexError: `slot` is outside `words`.
+        ValueError: `scale` is negative, infinite or NaN.
     """
     x = _checked(x)
     payload = torch.empty(x.shape, dtype=getattr(torch, fmt.torch_dtype))
-    row = None if words is None else _row_address(words, slot)
-    return payload, _cast(x, scale, fmt, payload.data_ptr(), row, overwrite)
+    largest = torch.empty((), dtype=torch.float32)
+    row = (None, 0, None) if words is None else _row(words, slot)
+    outcome = _library().fp8_cast(
+        *(*_tensor(x), _scale_address(scale), _target(fmt.name), payload.data_ptr()),
+        *(largest.data_ptr(), *row, overwrite, _threads(x.numel())),
+    )
+    if outcome:
+        raise _refusal(outcome, scale, slot, words)
+    return payload, largest
 
 
 def count(
     x: torch.Tensor, scale: torch.Tensor, fmt: Fp8Format, *, words: torch.Tensor, slot: torch.Tensor, overwrite: bool
 ) -> torch.Tensor:
-    """The amax of `x`, and the statistics that `cast` leaves; the payload is not kept, which saves its memory."""
-    return _cast(_checked(x), scale, fmt, None, _row_address(words, slot), overwrite)
-
-
-def _cast(
-    x: torch.Tensor, scale: torch.Tensor, fmt: Fp8Format, payload: int | None, row: int | None, overwrite: bool
-) -> torch.Tensor:
-    if scale.dtype != torch.float32 or scale.numel() != 1:
-        raise TypeError(f"scale is {scale.dtype} {list(scale.shape)}; expected a float32 0-d tensor")
-    result = torch.empty((), dtype=torch.float32)
-    _library().fp8_cast(
-        x.data_ptr(),
-        x.numel(),
-        INPUT_TYPES.index(x.dtype),
-        scale.data_ptr(),
-        _target(fmt),
-        payload,
-        result.data_ptr(),
-        row,
-        overwrite,
-        _threads(x.numel()),
+    """The amax of `x`, and the statistics that `cast` leaves, bit for bit, in less time: there is no payload."""
+    x = _checked(x)
+    largest = torch.empty((), dtype=torch.float32)
+    outcome = _library().fp8_count(
+        *(*_tensor(x), _scale_address(scale), _target(fmt.name)),
+        *(largest.data_ptr(), *_row(words, slot), overwrite, _threads(x.numel())),
     )
-    return result
+    if outcome:
+        raise _refusal(outcome, scale, slot, words)
+    return largest
+
+
+def count_by_amax(
+    x: torch.Tensor,
+    fmt: Fp8Format,
+    margin: int,
+    clamp: int,
+    *,
+    words: torch.Tensor,
+    slot: torch.Tensor,
+    overwrite: bool,
+    last_scales: torch.Tensor,
+) -> None:
+    """`count` with the scale of AmaxScaling. Where the slot's last scale is right, x is read once, not twice."""
+    x = _checked(x)
+    outcome = _library().fp8_count_by_amax(
+        *(*_tensor(x), math.ldexp(fmt.max, -margin), clamp, _target(fmt.name)),
+        *(last_scales.data_ptr(), *_row(words, slot), overwrite, _threads(x.numel())),
+    )
+    if outcome:
+        raise _refusal(outcome, None, slot, words)
 
 
 def dequantize(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -132,7 +150,7 @@ def dequantize(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     _library().fp8_dequantize(
         q.data_ptr(),
         q.numel(),
-        _target(_format_by_dtype()[q.dtype]),
+        _target(_format_by_dtype()[q.dtype].name),
         out.data_ptr(),
         dtype == torch.bfloat16,
         _threads(q.numel()),
@@ -163,9 +181,7 @@ def exponent_histogram(x: torch.Tensor) -> torch.Tensor:
     """
     x = _checked(x)
     counts = torch.zeros(256, dtype=torch.int64)
-    _library().fp8_exponents(
-        x.data_ptr(), x.numel(), INPUT_TYPES.index(x.dtype), counts.data_ptr(), _threads(x.numel())
-    )
+    _library().fp8_exponents(*_tensor(x), counts.data_ptr(), _threads(x.numel()))
     return counts
 
 
@@ -173,18 +189,38 @@ def _checked(x: torch.Tensor) -> torch.Tensor:
     if x.dtype not in INPUT_TYPES:
         raise TypeError(f"x is {x.dtype}; expected one of {', '.join(map(str, INPUT_TYPES))}")
     assert x.device.type == "cpu", x.device
-    return x.contiguous()
+    return x if x.is_contiguous() else x.contiguous()
 
 
-def _row_address(words: torch.Tensor, slot: torch.Tensor | None) -> int:
+def _tensor(x: torch.Tensor) -> tuple[int, int, int]:
+    """The arguments that stand for `x`: its address, its elements, its type."""
+    return x.data_ptr(), x.numel(), INPUT_TYPES.index(x.dtype)
+
+
+def _scale_address(scale: torch.Tensor) -> int:
+    if scale.dtype != torch.float32 or scale.numel() != 1:
+        raise TypeError(f"scale is {scale.dtype} {list(scale.shape)}; expected a float32 0-d tensor")
+    return scale.data_ptr()
+
+
+def _row(words: torch.Tensor, slot: torch.Tensor | None) -> tuple[int, int, int]:
+    """The arguments that stand for row `slot` of `words`: the library reads the slot, which spares a call of torch."""
     if words.dtype != torch.int64 or words.ndim != 2 or words.shape[1] != len(COLUMNS) or not words.is_contiguous():
         raise TypeError(f"words are {words.dtype} {list(words.shape)}; expected int64 [slots, {len(COLUMNS)}]")
     if slot is None or slot.dtype != torch.int64:
         raise TypeError(f"slot is {slot!r}; expected an int64 0-d tensor")
-    index = int(slot)
-    if not 0 <= index < words.shape[0]:
-        raise IndexError(f"slot is {index}; the arena has {words.shape[0]} slots")
-    return words.data_ptr() + index * len(COLUMNS) * words.element_size()
+    return words.data_ptr(), words.shape[0], slot.data_ptr()
+
+
+def _refusal(
+    outcome: int, scale: torch.Tensor | None, slot: torch.Tensor | None, words: torch.Tensor | None
+) -> Exception:
+    """What an outcome of cpu.cpp other than DONE means."""
+    if outcome == _NO_SCALE and scale is not None:
+        return ValueError(f"scale is {float(scale)}; expected a finite number that is not negative")
+    assert slot is not None
+    assert words is not None
+    return IndexError(f"slot is {int(slot)}; the arena has {words.shape[0]} slots")
 
 
 def _threads(elements: int) -> int:
@@ -204,7 +240,8 @@ class _Target(ctypes.Structure):
 
 
 @functools.cache
-def _target(fmt: Fp8Format) -> _Target:
+def _target(fmt_name: str) -> _Target:
+    fmt = FORMATS[fmt_name]
     return _Target(
         mantissa_bits=fmt.mantissa_bits,
         smallest_normal=_float32_bits(fmt.smallest_normal),
@@ -327,12 +364,15 @@ def _open(path: Path) -> ctypes.CDLL:
             f"cannot load the compiled CPU kernels: {error}; delete the file to have it built anew"
         ) from None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    target = ctypes.POINTER(_Target)
-    library.fp8_amax.argtypes = (pointer, count, number, pointer, number)
-    library.fp8_cast.argtypes = (*(pointer, count, number, pointer, target, pointer, pointer, pointer, number, number),)
+    target, tensor = ctypes.POINTER(_Target), (pointer, count, number)
+    library.fp8_amax.argtypes = (*tensor, pointer, number)
+    row = (pointer, count, pointer)
+    library.fp8_cast.argtypes = (*tensor, pointer, target, pointer, pointer, *row, number, number)
+    library.fp8_count.argtypes = (*tensor, pointer, target, pointer, *row, number, number)
+    library.fp8_count_by_amax.argtypes = (*tensor, ctypes.c_double, number, target, pointer, *row, number, number)
     library.fp8_dequantize.argtypes = (pointer, count, target, pointer, number, number)
     library.fp8_unscale.argtypes = (pointer, count, pointer, pointer, pointer, number, number)
-    library.fp8_exponents.argtypes = (pointer, count, number, pointer, number)
-    for name in ("amax", "cast", "dequantize", "unscale", "exponents"):
+    library.fp8_exponents.argtypes = (*tensor, pointer, number)
+    for name in ("amax", "dequantize", "unscale", "exponents"):
         getattr(library, f"fp8_{name}").restype = None
     return library

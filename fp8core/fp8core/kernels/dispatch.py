@@ -48,6 +48,21 @@ class Kernels(Protocol):
         """See `eager.count`."""
         ...
 
+    def count_by_amax(
+        self,
+        x: Tensor,
+        fmt: Fp8Format,
+        margin: int,
+        clamp: int,
+        *,
+        words: Tensor,
+        slot: Tensor,
+        overwrite: bool,
+        last_scales: Tensor,
+    ) -> None:
+        """See `eager.count_by_amax`."""
+        ...
+
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """See `eager.dequantize`."""
         ...

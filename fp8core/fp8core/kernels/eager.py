@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fp8core.device_scaling import amax_scale
 from fp8core.formats import Fp8Format
 from fp8core.records import COLUMNS, FIELD_BY_NAME, is_float
 from fp8core.scaling import FLOAT32_MAX
@@ -53,6 +54,24 @@ def cast(
 def count(x: Tensor, scale: Tensor, fmt: Fp8Format, *, words: Tensor, slot: Tensor, overwrite: bool) -> Tensor:
     """The amax of `x`, and the statistics that `cast` leaves, where nobody wants the payload."""
     return cast(x, scale, fmt, words=words, slot=slot, overwrite=overwrite)[1]
+
+
+def count_by_amax(
+    x: Tensor,
+    fmt: Fp8Format,
+    margin: int,
+    clamp: int,
+    *,
+    words: Tensor,
+    slot: Tensor,
+    overwrite: bool,
+    last_scales: Tensor,
+) -> None:
+    """`count` with the scale that AmaxScaling, of this margin and clamp, gives for the amax of `x`.
+
+    `last_scales`, float32 [slots] on the host, is for a kernel that begins with the scale of the slot's last call.
+    """
+    count(x, amax_scale(amax(x), fmt, margin, clamp), fmt, words=words, slot=slot, overwrite=overwrite)
 
 
 def dequantize(q: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ import struct
 import torch
 from torch import Tensor
 
+from fp8core.device_scaling import amax_scale
 from fp8core.formats import Fp8Format
 from fp8core.kernels import eager
 from fp8core.kernels import triton_jit as jit
@@ -84,6 +85,21 @@ def cast(
 def count(x: Tensor, scale: Tensor, fmt: Fp8Format, *, words: Tensor, slot: Tensor, overwrite: bool) -> Tensor:
     """See `eager.count`."""
     return cast(x, scale, fmt, words=words, slot=slot, overwrite=overwrite)[1]
+
+
+def count_by_amax(
+    x: Tensor,
+    fmt: Fp8Format,
+    margin: int,
+    clamp: int,
+    *,
+    words: Tensor,
+    slot: Tensor,
+    overwrite: bool,
+    last_scales: Tensor,
+) -> None:
+    """See `eager.count_by_amax`."""
+    count(x, amax_scale(amax(x), fmt, margin, clamp), fmt, words=words, slot=slot, overwrite=overwrite)
 
 
 def cast_transpose(

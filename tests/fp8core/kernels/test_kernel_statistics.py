@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fp8core.device_scaling import amax_scale
 from fp8core.formats import E4M3FN, E5M2
 from fp8core.records import COLUMNS, decode_arena
 
@@ -53,6 +54,73 @@ def test_a_magnitude_at_the_overflow_limit_overflows_only_where_it_rounds_out_of
         counts.append(int(words[0, COLUMNS.index("overflow")]))
 
     assert counts == [0, 2 if fmt.ties_overflow else 0, 2]
+
+
+def around(limit, scale):
+    """float32 values whose products with `scale` lie around `limit`, a few steps to each side, of both signs."""
+    x = np.float32(limit) / np.float32(scale)
+    near = (x.view(np.int32) + np.arange(-8, 9, dtype=np.int32)).view(np.float32)
+    return torch.from_numpy(np.concatenate([near, -near]))
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0**-60, 3.7, 2.0**9, 1e20], ids="scale_{}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_counted_without_a_payload_is_what_a_cast_leaves_to_the_bit(kernels, fmt, dtype, scale, new_words):
+    step = fmt.smallest_normal / 2**fmt.mantissa_bits
+    limits = [step / 2, fmt.smallest_normal - step / 2, fmt.overflow_limit]
+    borders = [around(limit, scale) for limit in limits] if scale else []
+    every = torch.arange(65536).to(torch.uint16).view(dtype if dtype != torch.float32 else torch.bfloat16)
+    mild = every[every.float().abs() < 4]  # blocks without Inf, NaN or overflow
+    values = [*borders, every, spread(3001, torch.float32)] if kernels.many > 100_000 else [*borders, every[::37]]
+    for x in (torch.cat([value.to(dtype) for value in values]), mild[:4099].to(dtype), torch.zeros(70, dtype=dtype)):
+        x = x.to(kernels.device)
+        cast, counted = new_words(1).to(kernels.device), new_words(1).to(kernels.device)
+        where = {"slot": torch.tensor(0, device=kernels.device), "overwrite": True}
+        factor = torch.tensor(scale, device=kernels.device)
+
+        _, amax = kernels.module.cast(x, factor, fmt, words=cast, **where)
+        counted_amax = kernels.module.count(x, factor, fmt, words=counted, **where)
+
+        assert counted_amax == amax
+        assert torch.equal(counted, cast), list(zip(COLUMNS, counted[0].tolist(), cast[0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("last", [1.0, 2.0**7, 2.0**8, 2.0**9, 2.0**-126, 2.0**126], ids="last_{}".format)
+@pytest.mark.parametrize("make", ["normal", "spread", "growing", "zeros", "nan"])
+def test_counting_by_amax_leaves_the_row_of_the_right_scale_whatever_the_last_one_was(kernels, new_words, make, last):
+    x = {
+        "normal": torch.randn(20_000, generator=torch.Generator().manual_seed(0)),
+        "spread": spread(20_000, torch.float32),
+        "growing": torch.linspace(0, 100, 20_000),  # block by block another scale
+        "zeros": torch.zeros(100),
+        "nan": torch.full((100,), torch.nan),
+    }[make].to(kernels.device)
+    slot = torch.tensor(1, device=kernels.device)
+    wanted, got = new_words(2).to(kernels.device), new_words(2).to(kernels.device)
+    scale = amax_scale(kernels.module.amax(x), E5M2, 3, 126)
+    kernels.module.count(x, scale, E5M2, words=wanted, slot=slot, overwrite=False)
+    last_scales = torch.full((2,), last)
+
+    for _ in range(2):  # the second time with the scale of the first
+        got.copy_(new_words(2))
+        kernels.module.count_by_amax(x, E5M2, 3, 126, words=got, slot=slot, overwrite=False, last_scales=last_scales)
+        assert torch.equal(got, wanted), list(zip(COLUMNS, got[1].tolist(), wanted[1].tolist(), strict=True))
+
+    if kernels.name == "cpu":
+        assert last_scales.tolist() == [last, float(scale)]
+
+
+@pytest.mark.parametrize("scale", [torch.inf, -torch.inf, torch.nan, -1.0])
+def test_a_scale_that_is_none_is_refused_and_no_row_is_touched(kernels, new_words, scale):
+    if kernels.name != "cpu":
+        pytest.skip("on a device the scale is not known to the host; its counters do not wrap")
+    x, words, slot = torch.ones(100), new_words(1), torch.tensor(0)
+
+    for cast in (kernels.module.cast, kernels.module.count):
+        with pytest.raises(ValueError, match=r"scale is .*; expected a finite number that is not negative"):
+            cast(x, torch.tensor(scale), E4M3FN, words=words, slot=slot, overwrite=False)
+
+    assert torch.equal(words, new_words(1))
 
 
 def test_calls_merge_into_a_row_by_the_rule_of_each_field(kernels, new_words, expected_row, assert_row):
@@ -140,7 +208,8 @@ def test_threads_that_write_to_one_row_lose_nothing(kernels, new_words):
         pytest.skip("only the C++ kernels promise this to CPU threads")
     x = torch.ones(8, dtype=torch.bfloat16)
     words, scale = new_words(1), torch.tensor(8.0)
-    cast, target = kernels.module._library().fp8_cast, kernels.module._target(E4M3FN)
+    slot = torch.tensor(0)
+    cast, target = kernels.module._library().fp8_cast, kernels.module._target(E4M3FN.name)
 
     def write():
         q, amax = torch.empty(8, dtype=torch.uint8), torch.empty(())  # the library itself: little else holds the GIL
@@ -152,7 +221,7 @@ def test_threads_that_write_to_one_row_lose_nothing(kernels, new_words):
             target,
             q.data_ptr(),
             amax.data_ptr(),
-            words.data_ptr(),
+            *(words.data_ptr(), 1, slot.data_ptr()),
             0,
             1,
         )
