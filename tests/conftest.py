@@ -89,9 +89,13 @@ class PostgresServer:
 
     def start(self) -> None:
         """Starts it again where it was stopped; returns when it answers."""
-        if self.process.poll() is not None:
-            self.process = self.launch()
-            assert _answers(self, timeout_s=30), "PostgreSQL does not start again"
+        for _ in range(3):  # once a restart ended by a signal before it answered
+            if self.process.poll() is not None:
+                self.process = self.launch()
+            if _answers(self, timeout_s=30):
+                return
+        log = (self.folder / "log").read_text()
+        pytest.fail(f"PostgreSQL does not start again ({self.process.poll()}):\n{log[-2000:]}")
 
     def url(self, database: str = "postgres") -> str:
         """SQLAlchemy's address of `database`."""
@@ -123,6 +127,10 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
     """One PostgreSQL for all tests of this process, in a folder of its own: fsync off, commits still in order."""
     initdb, postgres = require_binary("initdb"), require_binary("postgres")
     account = _account_for_servers()
+    as_account: list[str | Path] = []
+    if account:  # not by Popen's user=: that forks, and a process with chDB and gRPC in it may not live through it
+        as_account = [require_binary("setpriv"), f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}"]
+        as_account.append("--clear-groups")
     home = Path(tempfile.mkdtemp(prefix="fp8scope-postgres-"))
     password = secrets.token_hex(16)
     server: PostgresServer | None = None
@@ -130,13 +138,12 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
         (home / "password").write_text(password)
         if account:
             for path in [home, home / "password"]:
-                os.chown(path, account["user"], account["group"])
+                os.chown(path, account.pw_uid, account.pw_gid)
         subprocess.run(
             [
-                *(initdb, "--pgdata", home / "data", "--username=postgres", "--pwfile", home / "password"),
+                *(*as_account, initdb, "--pgdata", home / "data", "--username=postgres", "--pwfile", home / "password"),
                 *("--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"),
             ],
-            **account,
             cwd=home,
             check=True,
             capture_output=True,
@@ -149,10 +156,9 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
                 with (home / "log").open("ab") as log:
                     return subprocess.Popen(
                         [
-                            *(postgres, "-D", home / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"),
+                            *(*as_account, postgres, "-D", home / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"),
                             *("-c", f"unix_socket_directories={home}", "-c", "fsync=off", "-c", "shared_buffers=32MB"),
                         ],
-                        **account,
                         cwd=home,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -191,14 +197,13 @@ def postgres_socket_url(postgres_server: PostgresServer) -> Callable[[str], str]
     return by_socket
 
 
-def _account_for_servers() -> dict[str, Any]:
-    """Whom to run PostgreSQL as, as arguments of Popen: it refuses root, so `postgres`, else `nobody`."""
+def _account_for_servers() -> pwd.struct_passwd | None:
+    """Whom to run PostgreSQL as: it refuses root, so `postgres`, else `nobody`; None if we are somebody already."""
     if os.geteuid() != 0:
-        return {}
+        return None
     for name in ["postgres", "nobody"]:
         with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+            return pwd.getpwnam(name)
     missing("PostgreSQL does not run as root, and there is no account `postgres` or `nobody`")
 
 
