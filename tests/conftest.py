@@ -156,7 +156,16 @@ def postgres_server(require_binary: Callable[[str], Path]) -> Iterator[PostgresS
                 with (home / "log").open("ab") as log:
                     return subprocess.Popen(
                         [
-                            *(*as_account, postgres, "-D", home / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"),
+                            *(
+                                *as_account,
+                                postgres,
+                                "-D",
+                                home / "data",
+                                "-p",
+                                str(port),
+                                "-c",
+                                "listen_addresses=127.0.0.1",
+                            ),
                             *("-c", f"unix_socket_directories={home}", "-c", "fsync=off", "-c", "shared_buffers=32MB"),
                         ],
                         cwd=home,

@@ -21,7 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, WebSocketRoute, expect, sync_playwright
+from streamlit.proto.BackMsg_pb2 import BackMsg
 
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.storage import schema
@@ -323,6 +324,34 @@ def test_a_growing_run_is_seen_without_a_click_in_the_same_plot(page: Page, serv
         writer.join()
 
     assert page.evaluate("plot => plot.isConnected && plot === document.querySelector('.fs-plot')", plot)
+
+
+def test_a_tick_that_left_the_browser_before_a_zoom_does_not_undo_it(
+    page: Page, server: str, recording: Recording
+) -> None:
+    def ticks_say_where_they_were_sent(socket: WebSocketRoute) -> None:
+        to_server = socket.connect_to_server()
+
+        def pass_on(content: str | bytes) -> None:
+            assert isinstance(content, bytes)
+            message = BackMsg.FromString(content)
+            if message.rerun_script.is_auto_rerun:
+                message.rerun_script.query_string = "run=gpt"
+            to_server.send(message.SerializeToString())
+
+        socket.on_message(pass_on)
+
+    page.route_web_socket("**/_stcore/stream", ticks_say_where_they_were_sent)
+    page.goto(f"{server}/?run=gpt&range=40-")
+    drawn(page)
+    recording.grow(recording.steps // 5)  # longer by enough for new controls
+    newest = recording.steps - 1
+
+    page.wait_for_function(f"document.querySelector('.fs-plot').layout.xaxis.range[1] === {newest} + 0.5")
+    expect(page.get_by_role("slider").last).to_have_attribute("max", str(newest))
+    page.wait_for_timeout(2500)  # a tick more
+    assert page.evaluate("document.querySelector('.fs-plot').layout.xaxis.range[0]") == 39.5
+    assert parameters(page)["range"] == "40-"
 
 
 def test_names_from_training_jobs_are_text(page: Page, server: str) -> None:

@@ -163,7 +163,7 @@ def _body(where: links.Where, drawn_to: int) -> None:
     elif isinstance(event, panel.Zoom):
         shell.go(shell.zoomed(where, event, run.last_step))
     if where.last_step is None and run.last_step > drawn_to * REDRAW:  # last: it would lose what was clicked
-        st.rerun()
+        shell.go(where)  # not where the browser was when it sent this tick: a zoom may have moved it since
 
 
 def _maps(where: links.Where, run: RunSummary, first: int) -> tuple[queries.LiveHeatMaps, dict[Quantity, HeatMap]]:
