@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _LARGEST_STEP = 2**53  # exact in a float64, as plots need
 _LONGEST_NAME = 200
 _GRACE_S = 0.5  # for the drain thread to notice its deadline
+_CLOSE_S = 4.5  # with the grace an exit takes 5 s at most
 
 
 class Monitor:
@@ -148,7 +149,7 @@ class Monitor:
             agent_cpu_s=self._step_cpu_s + drain.cpu_s,
         )
 
-    def close(self, timeout_s: float = 5.0) -> None:
+    def close(self, timeout_s: float = _CLOSE_S) -> None:
         """End the recording: the model is as it was, and what was recorded is on disk and, if it can be, sent.
 
         Waits at most `timeout_s` for the collector. What it does not have by then, the sender process goes on
@@ -165,7 +166,7 @@ class Monitor:
         failure = None
         if kind is not None and not (isinstance(error, SystemExit) and error.code in (None, 0)):
             failure = _describe(error) if error is not None else kind.__name__
-        self._close(5.0, failure)
+        self._close(_CLOSE_S, failure)
 
     def _take(self, given: int | None, scalars: dict[str, float | torch.Tensor]) -> None:
         plan = self._plan
@@ -298,7 +299,7 @@ class Monitor:
     def _at_exit(self) -> None:
         """The interpreter ends without `close`: perhaps by an exception that nobody caught."""
         error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-        self._close(5.0, _describe(error) if error is not None else None)
+        self._close(_CLOSE_S, _describe(error) if error is not None else None)
 
     def _forget(self) -> None:
         """In a forked child: the threads are not here, and the spool is the parent's."""
