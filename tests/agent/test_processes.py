@@ -218,7 +218,7 @@ def test_without_a_collector_the_sender_leaves_after_its_linger_and_sync_sends_l
     collector.die()
     trainer = start(
         collector.address,
-        'm = fp8scope.attach(model, run="run")\ntrain(m, 20)\nm.close(timeout_s=0.1)',
+        'm = fp8scope.attach(model, run="run")\ntrain(m, 12)\nm.close(timeout_s=0.1)',
         FP8SCOPE_LINGER_S="0.5",
     )
     _, said = trainer.communicate(timeout=30)
@@ -233,9 +233,9 @@ def test_without_a_collector_the_sender_leaves_after_its_linger_and_sync_sends_l
     assert f"fp8scope-agent sync {folder()}" in said
     assert f"fp8scope-agent sync {folder()}" in (folder() / "sender.log").read_text()
     assert (status_before, synced, status_after) == (1, 0, 0)
-    assert "60 rows and 3 histograms in 22 records wait" in out
-    assert "60 rows sent; nothing waits" in out
-    assert len(collector.source.rows) == 60
+    assert "36 rows and 3 histograms in 14 records wait" in out
+    assert "36 rows sent; nothing waits" in out
+    assert len(collector.source.rows) == 36
     assert collector.source.finish is not None
 
 
