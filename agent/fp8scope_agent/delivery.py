@@ -62,16 +62,19 @@ class Delivery:
 
     def take(self) -> Record | None:
         """The next record to send, now pending; None where there is none, or the window is full."""
+        if not self.more() or self._next is None or len(self.pending) >= self._window_for(self._next):
+            return None
+        record, self._next = self._next, None
+        self.pending.append(record)
+        return record
+
+    def more(self) -> bool:
+        """Whether there is a record to send, now or when the window has room."""
         while self._next is None or self._next.seq in self.refused_seqs or self._pass_over(self._next):
             self._next = self._reader.next()
             if self._next is None:
-                return None
-        record = self._next
-        if len(self.pending) >= self._window_for(record):
-            return None
-        self.pending.append(record)
-        self._next = None
-        return record
+                return False
+        return True
 
     def acknowledge(self, up_to_seq: int) -> None:
         """The collector has committed everything up to `up_to_seq`."""

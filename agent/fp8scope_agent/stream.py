@@ -19,6 +19,7 @@ from fp8scope_protos.v1 import telemetry_pb2 as pb
 from .delivery import Delivery
 
 _METHOD = "/fp8scope.v1.Telemetry/Stream"
+_MORE = pb.ClientMessage(more=True).SerializeToString()  # behind a serialised message it sets that field of it
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new connection is a new attempt: the sender does the back-off
     ("grpc.enable_http_proxy", 0),  # the collector stands in the training's own network
@@ -84,6 +85,8 @@ class Stream:
         self._incoming: queue.SimpleQueue[pb.ServerMessage | Ended] = queue.SimpleQueue()
         self._opened = False
         self._draining = False
+        self._turns: int | None = None  # messages of the spool that may have been sent, in all; None: any number
+        self._taken = 0  # and were
         self._last_heard = self._last_sent = time.monotonic()
         self._drops_sent: Mapping[str, int] = {}
 
@@ -126,7 +129,8 @@ class Stream:
                 self._progressed()
                 ending = self._nothing_comes()
                 sent = self._send_records()
-                if self._delivery.finished or (ending and not sent and not self._delivery.pending):
+                all_sent = not sent and not self._delivery.pending and not self._waits_for_a_turn()
+                if self._delivery.finished or (ending and all_sent):
                     return self._hang_up(Ended("done"))
                 self._send_heartbeat()
             if self._expired():
@@ -134,13 +138,15 @@ class Stream:
             silent_s = time.monotonic() - self._last_heard
             if not self._opened and silent_s > self._timing.opened_s:
                 return Ended("silent", f"no answer to Open within {self._timing.opened_s:g} s")
-            if self._delivery.pending and silent_s > self._timing.acked_s:
+            if (self._delivery.pending or self._waits_for_a_turn()) and silent_s > self._timing.acked_s:
                 return Ended("silent", f"no acknowledgement within {self._timing.acked_s:g} s")
 
     def _handle(self, message: pb.ServerMessage) -> None:
         self._last_heard = time.monotonic()
         if message.window:
             self._delivery.set_window(message.window)
+        if message.turns:
+            self._turns = message.turns
         body = message.WhichOneof("body")
         if body == "opened":
             self._delivery.resume(message.opened.up_to_seq, takes_histograms=message.opened.takes_histograms)
@@ -152,14 +158,21 @@ class Stream:
         self._draining |= message.draining
 
     def _send_records(self) -> bool:
-        """Send what the window allows; whether there was anything."""
+        """Send what the window and the turns allow; whether there was anything."""
         sent = False
-        while (record := self._delivery.take()) is not None:
+        while not self._is_out_of_turns() and (record := self._delivery.take()) is not None:
             if len(self._delivery.pending) == 1:
                 self._last_heard = time.monotonic()  # no answer was owed until now
-            self._send(record.payload)
+            self._send(record.payload + _MORE if self._delivery.more() else record.payload)
+            self._taken += 1
             sent = True
         return sent
+
+    def _is_out_of_turns(self) -> bool:
+        return self._turns is not None and self._taken >= self._turns
+
+    def _waits_for_a_turn(self) -> bool:
+        return self._opened and self._is_out_of_turns() and self._delivery.more()
 
     def _send_heartbeat(self) -> None:
         drops = self._delivery.dropped_rows

@@ -19,9 +19,9 @@ import grpc
 import structlog
 
 from fp8scope_collector.decode import RefusedError
-from fp8scope_collector.ingest import Lane
 from fp8scope_collector.messages import Opening
 from fp8scope_collector.storage.tokens import Token, digest
+from fp8scope_collector.turns import Lane
 
 REFRESH_S = 1.0
 NOTED_EVERY_NS = 60 * 10**9  # how exact `last_used_unix_ns` is

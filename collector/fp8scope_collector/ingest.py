@@ -26,6 +26,7 @@ from fp8scope_collector.metrics import FINDINGS_PER_RUN, MAX_RUNS, Metrics
 from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
 from fp8scope_collector.storage.stats_store import Pace
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
+from fp8scope_collector.turns import Lane, Turns
 
 HOUSEKEEPING_S = 5.0
 CATCH_UP_S = 1.5  # at most, between two rounds of work
@@ -35,21 +36,6 @@ LONGEST_PAUSE_S = 5.0
 
 log = structlog.get_logger()
 T = TypeVar("T")
-
-
-class Lane:
-    """One stream's place in the queue: how many of its batches are not committed yet, and how far it may acknowledge.
-
-    Lives on the event loop. `changed` is set whenever something here changed.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.changed = asyncio.Event()
-        self.owed = 0
-        self.waits = False  # for room in the queue or for its rate, not reading
-        self.up_to_seq = source.up_to_seq
-        self.failure: RefusedError | None = None  # a batch could not be stored; the stream has to end
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +71,7 @@ class Ingest:
         self._limits = limits
         self._pace = pace
         self._unix_ns = unix_ns
+        self.turns = Turns(pace.rows_under_way, pace.window)
         self._loop = asyncio.get_running_loop()
         self._queued_bytes = 0  # the loop's own: what was put and not committed
         self._room = asyncio.Event()
@@ -112,14 +99,15 @@ class Ingest:
             self._wake.notify()
         return await answer
 
-    async def put(self, batch: Batch, wire_bytes: int, lane: Lane) -> None:
-        """Queues the batch as soon as there is room; `lane` hears of the commit."""
+    async def put(self, batch: Batch, wire_bytes: int, lane: Lane, *, more: bool = False) -> None:
+        """Queues the batch as soon as there is room; `lane` hears of the commit. `more`: its client has another."""
         while self._queued_bytes and self._queued_bytes + batch.size_bytes > self._limits.queue_bytes:
             self._room.clear()
             await self._room.wait()
         self._queued_bytes += batch.size_bytes
         self._metrics.observe_queue(self._queued_bytes)
         lane.owed += 1
+        self.turns.arrived(lane, batch.entries, more=more)
         with self._wake:
             self._puts.append(_Put(batch, wire_bytes, lane))
             self._wake.notify()
@@ -296,6 +284,7 @@ class Ingest:
             else:
                 put.lane.up_to_seq = max(put.lane.up_to_seq, committed)
             put.lane.changed.set()
+            self.turns.settled(put.lane, put.batch.entries)
         self._metrics.observe_queue(self._queued_bytes)
         self._room.set()
 

@@ -132,3 +132,8 @@ class Batch:
     def rows(self) -> int:
         """Rows of statistics in it."""
         return len(self.step)
+
+    @property
+    def entries(self) -> int:
+        """Rows and histograms in it: how much there is to write."""
+        return self.rows + (len(self.histograms.step) if self.histograms else 0)

@@ -32,7 +32,7 @@ from fp8scope_collector.decode import (
 )
 from fp8scope_collector.diagnosis.companion import Companion
 from fp8scope_collector.exposition import Guard, MetricsServer
-from fp8scope_collector.ingest import Ingest, Lane
+from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.keeper import Keeper
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Sender, Source
@@ -42,6 +42,7 @@ from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsE
 from fp8scope_collector.storage.tokens import Token, read_all
 from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_collector.tls import Certificate
+from fp8scope_collector.turns import Lane
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 
@@ -248,8 +249,8 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             server_version=VERSION,
             takes_histograms=True,
         )
-        await context.write(pb.ServerMessage(opened=opened, window=self._window))
         lane = Lane(source)
+        await context.write(pb.ServerMessage(opened=opened, window=self._window, turns=lane.turns))
         self._lanes.add(lane)
         whose = {"token": token.name} if token else {}
         log.info(
@@ -267,22 +268,23 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 await self._acknowledge(context, lane, reading)
         finally:
             self._lanes.discard(lane)
+            self._ingest.turns.leave(lane)
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, RefusedError):
                 await reading
             log.info("closed", run=source.run, rank=source.rank, up_to_seq=lane.up_to_seq)
 
     async def _acknowledge(self, context: Context, lane: Lane, reading: asyncio.Task[None]) -> None:
-        acknowledged = lane.source.up_to_seq
+        acknowledged, turns = lane.source.up_to_seq, lane.turns
         told = False
         while True:
             if self._draining and not told:
                 reading.cancel()
                 await context.write(pb.ServerMessage(draining=True))
                 told = True
-            if lane.up_to_seq > acknowledged:
-                acknowledged = lane.up_to_seq
-                await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged)))
+            if lane.up_to_seq > acknowledged or lane.turns > turns:
+                acknowledged, turns = lane.up_to_seq, lane.turns
+                await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged), turns=turns))
             if lane.failure:
                 raise lane.failure
             if reading.done() and not lane.owed and lane.up_to_seq == acknowledged:
@@ -291,7 +293,8 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 async with asyncio.timeout(ALIVE_S):
                     await lane.changed.wait()
             except TimeoutError:
-                if lane.owed or lane.waits:  # the database is slow: the agent need not look for another collector
+                # the database is slow, or many streams are before it: the agent need not look for another collector
+                if self._ingest.turns.waits(lane) or lane.owed or lane.waits:
                     await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged)))
             lane.changed.clear()
         if not reading.cancelled():
@@ -326,7 +329,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             lane.waits = True
             if self._gate and token and await self._gate.pace(token, batch.rows):
                 self._metrics.observe_throttled()
-            await self._ingest.put(batch, wire_bytes, lane)
+            await self._ingest.put(batch, wire_bytes, lane, more=message.more)
             lane.waits = False
 
     def _decode(self, message: pb.ClientMessage, kind: str | None, source: Source) -> Batch:

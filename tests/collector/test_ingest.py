@@ -15,13 +15,14 @@ import pytest
 
 from fp8scope_collector import ingest as ingest_module
 from fp8scope_collector.decode import decode_open, decode_stats
-from fp8scope_collector.ingest import Ingest, Lane
+from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.overview import RunState
 from fp8scope_collector.storage.stats_store import Pace
 from fp8scope_collector.storage.writer import Committed, Seen
+from fp8scope_collector.turns import Lane
 
 
 class FakeWriter:

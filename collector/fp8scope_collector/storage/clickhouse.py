@@ -53,7 +53,9 @@ class ClickHouseStats:
     Nothing is opened before it is needed: what only reads rollups works while a collector has the chDB folder.
     """
 
-    pace = Pace(group_rows=163_840, window=32, pause_s=0.2)  # each insert is a part that has to be merged
+    pace = Pace(
+        group_rows=163_840, rows_under_way=327_680, window=32, pause_s=0.2
+    )  # each insert is a part that has to be merged
 
     def __init__(self, url: sa.URL) -> None:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""

@@ -30,7 +30,8 @@ class Pace:
     """How a store likes to be written to."""
 
     group_rows: int = 65_536  # rows of one write, at most
-    window: int = 8  # batches that an agent may have unacknowledged, so that groups fill
+    rows_under_way: int = 98_304  # of agents that have more to send: one group is written while the next gathers
+    window: int = 8  # batches that one agent may have unacknowledged
     pause_s: float = 0.0  # after a small write, while the next one gathers
 
 

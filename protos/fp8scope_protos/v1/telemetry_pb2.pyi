@@ -36,32 +36,36 @@ OUTCOME_FINISHED: Outcome
 OUTCOME_FAILED: Outcome
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "stats", "finish", "heartbeat", "histograms")
+    __slots__ = ("open", "stats", "finish", "heartbeat", "histograms", "more")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     stats: StatsBatch
     finish: Finish
     heartbeat: Heartbeat
     histograms: HistogramBatch
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., stats: _Optional[_Union[StatsBatch, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., histograms: _Optional[_Union[HistogramBatch, _Mapping]] = ...) -> None: ...
+    more: bool
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., stats: _Optional[_Union[StatsBatch, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., histograms: _Optional[_Union[HistogramBatch, _Mapping]] = ..., more: bool = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "ack", "window", "draining", "requests")
+    __slots__ = ("opened", "ack", "window", "draining", "requests", "turns")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     ack: Ack
     window: int
     draining: bool
     requests: _containers.RepeatedCompositeFieldContainer[Request]
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., window: _Optional[int] = ..., draining: bool = ..., requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ...) -> None: ...
+    turns: int
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., window: _Optional[int] = ..., draining: bool = ..., requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., turns: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("run", "project", "rank", "world_size", "incarnation", "source_uuid", "started_unix_ns", "sent_unix_ns", "agent_version", "slots", "config_json", "environment", "tags", "notes")

@@ -1,0 +1,122 @@
+"""Shares among the streams what may be on its way to the database at once: who has more to send waits for a turn.
+
+An acknowledgement comes when all that came before is committed. If each of 512 streams filled its window, that would
+be 40 seconds' work, and it would lie in memory; here it is what the database takes in a fraction of a second, however
+many streams there are, and the rest waits in the agents' spools. A stream that keeps up (nothing is ready behind what
+it sends) needs no turn; the others stand in one line and get one batch each (docs/adr/0081).
+
+`Lane` is a stream's place here and in the queue. Everything lives on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fp8scope_collector.decode import RefusedError
+from fp8scope_collector.messages import Source
+
+PROMISE_S = 1.0  # a turn that is not used for so long counts no more; it stays valid
+
+
+class Lane:
+    """One stream's place: how many of its batches are not committed yet, how far it may acknowledge, and its turns.
+
+    `changed` is set whenever something here changed.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.changed = asyncio.Event()
+        self.owed = 0
+        self.waits = False  # for room in the queue or for its rate, not reading
+        self.up_to_seq = source.up_to_seq
+        self.failure: RefusedError | None = None  # a batch could not be stored; the stream has to end
+        self.turns = 1  # durable messages that it may have sent, in all: the first needs no asking
+        self.received = 0  # of those
+        self.more = False  # the client said that another is ready
+        self.rows = 0  # of its last batch, and supposedly of the next
+        self.left = False
+
+
+@dataclass
+class _Promise:
+    """Turns of a lane that has not used them yet, by the rows that are expected."""
+
+    rows: deque[int] = field(default_factory=deque)
+    since: float = 0.0
+
+
+class Turns:
+    """Grants turns while less than `rows` are under way; of one stream at most `window` batches are."""
+
+    def __init__(self, rows: int, window: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rows = rows
+        self._window = window
+        self._clock = clock
+        self._under_way = 0  # rows that came and are not committed, or are promised
+        self._line: OrderedDict[Lane, None] = OrderedDict()
+        self._promises: OrderedDict[Lane, _Promise] = OrderedDict()  # the one that was given longest ago first
+
+    def arrived(self, lane: Lane, rows: int, *, more: bool) -> None:
+        """A batch of so many rows is in the queue, and counted in `lane.owed`; `more`: the next is ready."""
+        lane.received += 1
+        lane.rows, lane.more = rows, more
+        self._under_way += rows
+        if promise := self._promises.get(lane):
+            self._under_way -= promise.rows.popleft()
+            if not more or not promise.rows:
+                self._release(lane)
+        self._queue(lane)
+        self._serve()
+
+    def settled(self, lane: Lane, rows: int) -> None:
+        """A batch of the lane is committed or refused, and no longer owed."""
+        self._under_way -= rows
+        if not lane.more:
+            lane.turns = max(lane.turns, lane.received + 1)
+        self._queue(lane)
+        self._serve()
+
+    def waits(self, lane: Lane) -> bool:
+        """Whether the lane stands in line. Asked now and then, which also frees what others do not use."""
+        while self._promises:
+            other, promise = next(iter(self._promises.items()))
+            if self._clock() - promise.since < PROMISE_S:
+                break
+            other.more = False  # whatever it said: it hangs, or its agent dropped what was ready
+            self._line.pop(other, None)
+            self._release(other)
+        self._serve()
+        return lane in self._line
+
+    def leave(self, lane: Lane) -> None:
+        """The stream has ended; what it put in the queue is settled later."""
+        lane.left = True
+        self._line.pop(lane, None)
+        self._release(lane)
+        self._serve()
+
+    def _queue(self, lane: Lane) -> None:
+        """Puts the lane at the end of the line, if it has something to send that its window has room for."""
+        if lane.more and not lane.left and lane.turns - lane.received + lane.owed < self._window:
+            self._line.setdefault(lane)
+
+    def _serve(self) -> None:
+        while self._line and self._under_way < self._rows:
+            lane, _ = self._line.popitem(last=False)
+            lane.turns += 1
+            promise = self._promises.setdefault(lane, _Promise())
+            promise.rows.append(lane.rows)
+            promise.since = self._clock()
+            self._promises.move_to_end(lane)
+            self._under_way += lane.rows
+            self._queue(lane)
+            lane.changed.set()
+
+    def _release(self, lane: Lane) -> None:
+        if promise := self._promises.pop(lane, None):
+            self._under_way -= sum(promise.rows)

@@ -1,0 +1,138 @@
+"""Who may send next, when many streams have more to send than is let under way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fp8scope_collector.messages import Source
+from fp8scope_collector.turns import PROMISE_S, Lane, Turns
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def turns(clock: Clock) -> Turns:
+    return Turns(rows=1000, window=4, clock=clock)
+
+
+class Client:
+    """A stream that sends batches of 100 rows whenever it may, and always has more."""
+
+    def __init__(self, turns: Turns, *, more: bool = True) -> None:
+        self.turns = turns
+        self.lane = Lane(_source())
+        self.more = more
+
+    def send(self) -> int:
+        """Sends what it may; how many batches."""
+        sent = 0
+        while self.lane.received < self.lane.turns:
+            self.lane.owed += 1
+            self.turns.arrived(self.lane, 100, more=self.more)
+            sent += 1
+        return sent
+
+    def commit(self, batches: int = 1) -> None:
+        for _ in range(batches):
+            self.lane.owed -= 1
+            self.turns.settled(self.lane, 100)
+
+
+def test_turns_go_round_and_no_more_is_under_way_than_is_allowed(turns: Turns) -> None:
+    clients = [Client(turns) for _ in range(50)]
+    queue = [client for client in clients for _ in range(client.send())]  # the first of each comes unasked
+    first = len(queue)
+
+    for number in range(2000):
+        queue.pop(0).commit()
+        queue += [client for client in clients for _ in range(client.send())]
+        assert len(queue) == max(10, first - 1 - number)
+
+    received = [client.lane.received for client in clients]
+    assert sum(received) == 2010
+    assert max(received) - min(received) <= 4, "a window at most, of the first who came"
+
+
+def test_a_few_streams_fill_their_windows(turns: Turns) -> None:
+    clients = [Client(turns), Client(turns)]
+
+    for _ in range(5):
+        for client in clients:
+            client.send()
+
+    assert [client.lane.owed for client in clients] == [4, 4]
+
+
+def test_a_stream_that_keeps_up_needs_no_turn_and_takes_none_away(turns: Turns) -> None:
+    busy, slow = [Client(turns) for _ in range(20)], Client(turns, more=False)
+    for client in (*busy, slow):
+        client.send()
+
+    slow.commit()
+
+    assert slow.lane.turns == 2, "its next batch may come at once, however long the line is"
+    assert not turns.waits(slow.lane)
+    assert turns.waits(busy[-1].lane)
+
+
+def test_a_turn_that_is_not_used_is_given_to_others_and_stays_valid(turns: Turns, clock: Clock) -> None:
+    hung, client = [Client(turns) for _ in range(10)], Client(turns)
+    for each in hung:
+        each.send()
+    for each in hung:
+        each.commit(each.lane.owed)  # all that is allowed is promised to those who will not send
+    client.send()
+    client.commit()
+    assert client.send() == 0
+
+    clock.now += PROMISE_S
+
+    turns.waits(client.lane)
+    assert client.send() > 0
+    assert all(each.send() > 0 for each in hung)
+
+
+def test_a_stream_that_leaves_frees_what_it_was_promised(turns: Turns) -> None:
+    gone, client = [Client(turns) for _ in range(10)], Client(turns)
+    for each in gone:
+        each.send()
+    for each in gone:
+        each.commit(each.lane.owed)
+    client.send()
+    client.commit()
+    assert client.send() == 0
+
+    for each in gone:
+        turns.leave(each.lane)
+
+    assert client.send() > 0
+    assert not any(turns.waits(each.lane) for each in gone)
+
+
+def test_rows_of_a_stream_that_left_count_until_they_are_committed(turns: Turns) -> None:
+    client, other = Client(turns), Client(turns)
+    client.lane.turns = 10
+    client.send()
+    turns.leave(client.lane)
+
+    other.send()
+    assert other.send() == 0
+    client.commit(10)
+
+    assert other.send() > 0
+
+
+def _source() -> Source:
+    none = np.empty(0)
+    return Source(1, 1, "run", 0, 1, 0, False, none.astype(np.int64), none.astype(np.int8), none)
