@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -255,6 +256,44 @@ def test_the_window_is_the_one_that_the_collector_says(
 
     assert send(collector.address).end() == DELIVERED
     assert_everything_once(collector, spool)
+
+
+def test_who_has_more_to_send_says_so_and_waits_for_its_turn(
+    spool: Spool, collector: FakeCollector, send: Callable[..., Sending]
+) -> None:
+    collector.behaviour = Behaviour(turns=2)
+    spool.add(9)
+    spool.finish()
+    sending = send(collector.address, timing=replace(QUICK, acked_s=10))
+    collector.wait_for(lambda source: source.up_to_seq == 2)
+    sending.life.ended = True
+    heartbeats = collector.source.heartbeats
+    collector.wait_for(lambda source: source.heartbeats > heartbeats + 3)
+    before = collector.source.up_to_seq, sending.result
+    collector.behaviour = Behaviour(turns=5)
+    collector.wait_for(lambda source: source.up_to_seq == 5)
+    collector.behaviour = Behaviour(turns=10)
+
+    assert sending.end() == DELIVERED
+    assert before == (2, None)
+    assert_everything_once(collector, spool)
+    assert collector.source.more == [True] * 9 + [False]
+    assert collector.source.opens == 1
+
+
+def test_a_collector_that_gives_no_turn_and_says_nothing_is_left(
+    spool: Spool, collector: FakeCollector, send: Callable[..., Sending]
+) -> None:
+    hung = FakeCollector(behaviour=Behaviour(turns=1))
+    spool.add(5)
+    try:
+        send(hung.address, collector.address)
+        collector.wait_for(lambda source: source.up_to_seq == 5)
+
+        assert "no acknowledgement" in spool.status.problems["silent"]
+        assert hung.source.up_to_seq == 1
+    finally:
+        hung.die()
 
 
 def test_a_hung_collector_is_left_for_another_address(

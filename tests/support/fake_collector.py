@@ -39,6 +39,7 @@ class Source:
     finish: pb.Finish | None = None
     opens: int = 0
     heartbeats: int = 0
+    more: list[bool] = field(default_factory=list)  # what each durable message said of the next
     resent: int = 0
 
 
@@ -58,6 +59,7 @@ class Behaviour:
     takes_histograms: bool = True
     requests: Sequence[pb.Request] = ()  # come with every acknowledgement
     window: int = 8
+    turns: int = 0  # how many durable messages a stream may send, said again when there are more; 0: any number
 
 
 class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
@@ -125,7 +127,8 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
                 up_to_seq=source.up_to_seq,
                 takes_histograms=behaviour.takes_histograms,
             )
-        yield pb.ServerMessage(opened=opened, window=behaviour.window)
+        turns = behaviour.turns
+        yield pb.ServerMessage(opened=opened, window=behaviour.window, turns=turns)
         commits = 0
         for message in request_iterator:
             if self.behaviour.hang_after_open:
@@ -136,6 +139,9 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
                 with self._lock:
                     source.heartbeats += 1
                     source.drops.update({drop.reason: drop.rows for drop in message.heartbeat.drops})
+                if self.behaviour.turns > turns:
+                    turns = self.behaviour.turns
+                    yield pb.ServerMessage(turns=turns)
                 continue
             if body == "stats":
                 why = self.behaviour.refuse(message.stats)
@@ -143,6 +149,7 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
                     context.abort(self.behaviour.refuse_code, why)
             time.sleep(self.behaviour.commit_s)
             with self._lock:
+                source.more.append(message.more)
                 self._commit(source, message)
             commits += 1
             if commits == self.behaviour.drop_stream_after:
