@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,20 @@ def profile(playwright: Playwright, chromium: str, **options: Any) -> Iterator[B
         context = playwright.chromium.launch_persistent_context(
             folder, executable_path=chromium, args=FLAGS.split(), **options
         )
-        yield context
+        with no_errors(context):
+            yield context
         context.close()
+
+
+@contextmanager
+def no_errors(context: BrowserContext) -> Iterator[None]:
+    """Ends the measurement if a page reported an error to its console: what is broken may be fast."""
+    errors: list[str] = []
+    context.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    yield
+    if errors:
+        raise SystemExit("the browser's console shows:\n" + "\n".join(errors))
 
 
 def measure_views(playwright: Playwright, chromium: str, address: str, views: list[str]) -> dict[str, list[float]]:
@@ -293,7 +305,9 @@ def main() -> None:
             recording = Recording(url, RUN, options.ranks)
             browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS.split())
             contexts = [browser.new_context() for _ in range(options.viewers)]
-            with Growth(recording):
+            with Growth(recording), ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(no_errors(context))
                 found["viewers"] = measure_viewers(contexts, run_page, process.pid, options.viewers_for)
             browser.close()
     found["where"] = {
@@ -336,6 +350,7 @@ def report(found: dict[str, Any]) -> str:
                 if view in views
             ),
         ]
+    lines += ["", "No page reported an error to its browser's console: the script ends where one does."]
     facts = found.get("ticks", {}) | found.get("viewers", {})
     if facts:
         lines += ["", "| the run's page, while the run grows by a step a second | |", "|---|---|"]
