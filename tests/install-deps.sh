@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need beyond Python: a browser and fonts, PostgreSQL, Prometheus, Alertmanager, OpenSSL, a C++ compiler.
+# Installs what the tests need beyond Python: a browser and fonts, PostgreSQL, Prometheus, Alertmanager, OpenSSL, setpriv, a C++ compiler.
 #
 # By apt-get, as root, and only what is missing; otherwise it prints the command to run. The services that the
 # packages bring are not started: the tests start their own, on free ports, and end them.
@@ -35,6 +35,7 @@ need openssl has openssl
 need postgresql has_postgresql
 need prometheus has_prometheus
 need prometheus-alertmanager has_alertmanager
+need util-linux has setpriv
 need wget has wget
 
 if [ ${#missing[@]} -eq 0 ]; then
