@@ -1,15 +1,15 @@
 """One of two ranks that train the same small model, watched, under DDP, FSDP2 and tensor parallelism.
 
-Arguments: a file for the rendezvous, the collector's address. RANK and WORLD_SIZE are torchrun's. Prints the losses of
-each scenario as JSON. Run by test_distributed_agent.py.
+Arguments: a folder, the collector's address. Started by torchrun, in test_distributed_agent.py. Writes the losses of
+each scenario as JSON to losses-RANK.json in the folder.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -94,10 +94,10 @@ SCENARIOS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
 
 
 def main() -> None:
-    rendezvous, collector = sys.argv[1:]
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder, collector = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     losses = {}
     for name, (kind, wrap) in SCENARIOS.items():
         seed = 0 if wrap is tensor_parallel else rank
@@ -105,7 +105,7 @@ def main() -> None:
         model = wrap(build(kind))
         with fp8scope.attach(model, run=name, collector=collector, shadow=AmaxScaling()) as monitor:
             losses[name] = (alone, train(model, monitor, seed))
-    print(json.dumps(losses))
+    (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Two ranks under DDP, FSDP2 and tensor parallelism: one row for each rank, slot and step, weights alike on both."""
+"""Two ranks of torchrun, under DDP, FSDP2 and tensor parallelism: a row for each rank, slot and step, weights alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,29 @@ WEIGHTS = range(1, SLOTS, 3)
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[tuple[str, int], Source], list[Any]]]:
+def job(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[tuple[dict[tuple[str, int], Source], list[Any]]]:
     """What the collector has of each (scenario, rank), and the losses that each rank printed."""
     folder = tmp_path_factory.mktemp("job")
     collector = FakeCollector()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "FP8SCOPE_SPOOL_DIR": str(folder / "spool")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FP8SCOPE_SPOOL_DIR": str(folder / "spool")}
     script = Path(__file__).with_name("distributed_trainer.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder / "rendezvous"), collector.address],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    process = subprocess.Popen(
+        [*torchrun, f"--master-port={free_port()}", script, folder, collector.address],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     try:
-        outputs = [process.communicate(timeout=150) for process in processes]
+        _, errors = process.communicate(timeout=150)
     finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+        process.terminate()
+    assert process.returncode == 0, errors[-3000:]
     sources = {(source.open.run, source.open.rank): source for source in collector.sources.values()}
-    yield sources, [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    yield sources, [json.loads((folder / f"losses-{rank}.json").read_text()) for rank in range(2)]
     collector.die()
 
 
