@@ -7,7 +7,9 @@ what came and what was expected.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import weakref
 import zlib
 from collections.abc import Iterable
 from typing import TypeVar
@@ -21,7 +23,7 @@ from google.protobuf.message import DecodeError
 from fp8core.formats import FORMATS
 from fp8core.records import FIELDS, Role
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.messages import Batch, Ending, Histograms, Opening, SlotSpec, Source
+from fp8scope_collector.messages import Batch, Catalogue, Ending, Histograms, Opening, SlotSpec, Source
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 _ROLES = {pb.ROLE_INPUT: Role.INPUT, pb.ROLE_WEIGHT: Role.WEIGHT, pb.ROLE_GRAD_OUTPUT: Role.GRAD_OUTPUT}
@@ -41,8 +43,36 @@ class RefusedError(Exception):
         self.code = code
 
 
-def decode_open(message: pb.Open, limits: Limits) -> Opening:
-    """The checked form of a stream's first message.
+class Catalogues:
+    """Catalogues that are in use, each once: the ranks of a job open together, and nearly all say the same."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakValueDictionary[bytes, Catalogue] = weakref.WeakValueDictionary()
+
+    def decode(self, message: pb.Open, limits: Limits) -> Catalogue:
+        """The checked form of the message's slots.
+
+        Raises:
+            RefusedError: as `decode_open`.
+        """
+        if len(message.slots) > limits.slots:
+            raise RefusedError(
+                f"slots has more than {limits.slots} entries, the most that a source may have; watch fewer layers",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+            )
+        only = pb.Open()
+        only.CopyFrom(message)
+        for other in pb.Open.DESCRIPTOR.fields:
+            if other.name != "slots":
+                only.ClearField(other.name)
+        digest = hashlib.sha256(only.SerializeToString(deterministic=True)).digest()
+        if (catalogue := self._known.get(digest)) is None:
+            catalogue = self._known[digest] = Catalogue(_decode_slots(message.slots, limits), digest)
+        return catalogue
+
+
+def decode_open(message: pb.Open, limits: Limits, catalogues: Catalogues | None = None) -> Opening:
+    """The checked form of a stream's first message; its catalogue is one of `catalogues` where that has it.
 
     Raises:
         RefusedError: INVALID_ARGUMENT where it is malformed, RESOURCE_EXHAUSTED where the catalogue is too large.
@@ -73,7 +103,7 @@ def decode_open(message: pb.Open, limits: Limits) -> Opening:
         started_unix_ns=message.started_unix_ns,
         sent_unix_ns=message.sent_unix_ns,
         agent_version=_name("agent_version", message.agent_version, limits.name_chars),
-        slots=_decode_slots(message.slots, limits),
+        catalogue=(catalogues or Catalogues()).decode(message, limits),
         config_json=_json_object("config_json", message.config_json, limits.config_chars),
         environment_json=json.dumps(environment, sort_keys=True),
         tags_json=json.dumps([_name("tag", tag, limits.name_chars) for tag in message.tags]),
@@ -191,11 +221,6 @@ def _decode_slots(slots: Iterable[pb.Slot], limits: Limits) -> tuple[SlotSpec, .
     decoded: list[SlotSpec] = []
     seen: set[tuple[str, Role]] = set()
     for position, slot in enumerate(slots):
-        if position >= limits.slots:
-            raise RefusedError(
-                f"slots has more than {limits.slots} entries, the most that a source may have; watch fewer layers",
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-            )
         where = f"slots[{position}]"
         if slot.slot != position:
             raise RefusedError(f"{where}.slot is {slot.slot}; expected {position}: ids are 0 to n-1 in order")

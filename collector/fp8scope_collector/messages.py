@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from fp8core.formats import FORMATS
 from fp8core.records import Role
 
 
@@ -23,6 +26,37 @@ class SlotSpec:
     format: str
     recipe: str
     margin: int
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """The slots of a source, in the order of their wire ids."""
+
+    slots: tuple[SlotSpec, ...]
+    digest: bytes  # of all that the client said of them
+
+    @functools.cached_property
+    def role(self) -> npt.NDArray[np.int8]:
+        """Index into tuple(Role), by slot."""
+        roles = tuple(Role)
+        return np.array([roles.index(spec.role) for spec in self.slots], np.int8)
+
+    @functools.cached_property
+    def log2_max(self) -> npt.NDArray[np.float64]:
+        """log2 of the largest finite value of its format, by slot."""
+        return np.log2([FORMATS[spec.format].max for spec in self.slots])
+
+    def sha256(self, slots: int) -> str:
+        """What must not change of its first `slots` slots within a process life: layer, role and format."""
+        return self._sha256 if slots == len(self.slots) else _sha256(self.slots[:slots])
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        return _sha256(self.slots)
+
+
+def _sha256(slots: tuple[SlotSpec, ...]) -> str:
+    return hashlib.sha256(repr([(spec.layer, str(spec.role), spec.format) for spec in slots]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,7 +81,7 @@ class Opening:
     started_unix_ns: int
     sent_unix_ns: int
     agent_version: str
-    slots: tuple[SlotSpec, ...]
+    catalogue: Catalogue
     config_json: str
     environment_json: str
     tags_json: str
@@ -77,8 +111,8 @@ class Source:
     up_to_seq: int
     finished: bool
     run_slot: npt.NDArray[np.int64]  # number of the slot in the run
-    role: npt.NDArray[np.int8]  # index into tuple(Role)
-    log2_max: npt.NDArray[np.float64]  # log2 of the largest finite value of the slot's format
+    role: npt.NDArray[np.int8]  # as in its catalogue
+    log2_max: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

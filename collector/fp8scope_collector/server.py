@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fp8scope_collector.auth import Gate
 from fp8scope_collector.config import ConfigError, ServeConfig
 from fp8scope_collector.decode import (
+    Catalogues,
     RefusedError,
     decode_drops,
     decode_finish,
@@ -35,7 +36,7 @@ from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.keeper import Keeper
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.messages import Batch, Sender, Source
+from fp8scope_collector.messages import Batch, Opening, Sender, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.engine import display_url, migrate, open_engine, open_stats
 from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
@@ -181,6 +182,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
         self._limits = limits
         self._window = window
         self._gate = gate
+        self._catalogues = Catalogues()
         self._lanes: set[Lane] = set()
         self._draining = False
 
@@ -217,6 +219,21 @@ class TelemetryService(pb_grpc.TelemetryServicer):
 
     async def _open(self, context: Context, token: Token | None) -> Source | None:
         """Reads `Open` and registers the source, if `token` may send it; None where the client leaves before."""
+        if (opening := await self._read_open(context)) is None:
+            return None
+        sender = Sender(f"peer {context.peer()}")
+        if self._gate and token:
+            self._gate.admit(token, opening)
+            sender = Sender(f"token {token.name}", token.id, token.max_runs)
+        try:
+            return await self._ingest.register(dataclasses.replace(opening, sender=sender))
+        except ContradictionError as error:
+            raise RefusedError(str(error), grpc.StatusCode.FAILED_PRECONDITION) from None
+        except TooManyRunsError as error:
+            raise RefusedError(str(error), grpc.StatusCode.RESOURCE_EXHAUSTED) from None
+
+    async def _read_open(self, context: Context) -> Opening | None:
+        """The first message, checked. Of what came nothing stays: hundreds of streams may wait to be registered."""
         try:
             async with asyncio.timeout(self._limits.open_s):
                 message = await _next(context)
@@ -229,17 +246,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             return None
         if message.WhichOneof("body") != "open":
             raise RefusedError(f"the first message is {message.WhichOneof('body')}; expected open")
-        opening = decode_open(message.open, self._limits)
-        sender = Sender(f"peer {context.peer()}")
-        if self._gate and token:
-            self._gate.admit(token, opening)
-            sender = Sender(f"token {token.name}", token.id, token.max_runs)
-        try:
-            return await self._ingest.register(dataclasses.replace(opening, sender=sender))
-        except ContradictionError as error:
-            raise RefusedError(str(error), grpc.StatusCode.FAILED_PRECONDITION) from None
-        except TooManyRunsError as error:
-            raise RefusedError(str(error), grpc.StatusCode.RESOURCE_EXHAUSTED) from None
+        return decode_open(message.open, self._limits, self._catalogues)
 
     async def _converse(self, context: Context, source: Source, token: Token | None) -> None:
         """Reads in a task of its own; here acknowledgements leave as commits come in."""

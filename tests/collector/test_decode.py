@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from fp8core.records import FIELDS
 from fp8scope_collector.decode import (
+    Catalogues,
     RefusedError,
     decode_drops,
     decode_finish,
@@ -216,6 +218,28 @@ def test_a_catalogue_over_the_limit_is_exhausted_resources(wire: Any) -> None:
         decode_open(wire.open(slots=6), Limits(slots=5))
 
     assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_sources_that_say_the_same_share_one_catalogue(wire: Any) -> None:
+    catalogues = Catalogues()
+    other = wire.open(rank=1)
+    other.slots[2].margin = 1
+
+    first, same, another = (
+        decode_open(opening, LIMITS, catalogues) for opening in (wire.open(), wire.open("next", rank=3), other)
+    )
+
+    assert same.catalogue is first.catalogue
+    assert another.catalogue is not first.catalogue
+    assert another.catalogue.slots[2].margin == 1
+    assert first.catalogue.slots[2].margin == 0
+
+
+def test_a_shared_catalogue_does_not_outlive_its_sources(wire: Any) -> None:
+    catalogues = Catalogues()
+    gone = weakref.ref(decode_open(wire.open(), LIMITS, catalogues).catalogue)
+
+    assert gone() is None
 
 
 def test_an_ending_needs_an_outcome(wire: Any) -> None:

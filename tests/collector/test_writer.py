@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from fp8core.records import FIELDS
-from fp8scope_collector.decode import decode_finish, decode_open, decode_stats
+from fp8scope_collector.decode import Catalogues, decode_finish, decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import schema
@@ -266,6 +267,53 @@ def test_a_layer_has_one_number_on_all_ranks(engine: sa.Engine, writer: StatsWri
 
     assert numbers == [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
     assert _all(engine, "SELECT slot, layer FROM slot ORDER BY slot")[-1] == (6, "blocks.6.fc")
+
+
+def test_ranks_with_the_same_catalogue_are_numbered_once(engine: sa.Engine, writer: StatsWriter, wire: Any) -> None:
+    catalogues = Catalogues()
+    openings = [decode_open(wire.open(rank=rank), LIMITS, catalogues) for rank in range(3)]
+    first = writer.register(openings[0], now_unix_ns=10)
+    asked: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda _c, _cursor, sql, *_: asked.append(sql))
+
+    others = [writer.register(opening, now_unix_ns=10) for opening in openings[1:]]
+
+    assert all(other.run_slot is first.run_slot for other in others)
+    assert not any("slot" in re.findall(r"FROM (\w+)", sql) for sql in asked)
+    assert len({source.id for source in (first, *others)}) == 3
+
+
+def test_a_catalogue_is_stored_anew_for_another_life_and_for_a_run_that_was_deleted(
+    engine: sa.Engine, writer: StatsWriter, wire: Any
+) -> None:
+    sources = [_register(writer, wire.open()), _register(writer, wire.open())]
+    lives = _all(engine, "SELECT incarnation, count(*) FROM slot_recipe GROUP BY incarnation ORDER BY incarnation")
+    with engine.begin() as connection:
+        connection.execute(sa.delete(schema.run))
+
+    sources.append(writer.register(decode_open(wire.open(), LIMITS), now_unix_ns=11))
+
+    assert lives == [(1, 6), (2, 6)]
+    assert _all(engine, "SELECT count(*) FROM slot") == [(6,)]
+    assert _all(engine, "SELECT incarnation, count(*) FROM slot_recipe GROUP BY incarnation") == [(1, 6)]
+    assert sources[2].run_slot is not sources[0].run_slot
+
+
+def test_numbers_of_a_registration_that_was_not_committed_are_not_used(
+    engine: sa.Engine, writer: StatsWriter, wire: Any
+) -> None:
+    @sa.event.listens_for(engine, "commit", once=True)
+    def fail(_: sa.Connection) -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full") as kept:
+        _register(writer, wire.open())
+    source = _register(writer, wire.open())
+
+    assert kept.traceback, "what the failed attempt had in memory is still there"
+    assert _all(engine, "SELECT count(*) FROM slot") == [(6,)]
+    assert _all(engine, "SELECT count(*) FROM slot_recipe") == [(6,)]
+    assert source.run_slot.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_rows_are_stored_under_the_number_of_the_run(engine: sa.Engine, writer: StatsWriter, wire: Any) -> None:

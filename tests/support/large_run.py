@@ -12,7 +12,7 @@ import uuid
 import numpy as np
 
 from fp8core.records import Role
-from fp8scope_collector.messages import Batch, Opening, SlotSpec, Source
+from fp8scope_collector.messages import Batch, Catalogue, Opening, SlotSpec, Source
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.writer import StatsWriter
@@ -106,7 +106,7 @@ def opening(name: str, rank: int, ranks: int) -> Opening:
         started_unix_ns=time.time_ns(),
         sent_unix_ns=time.time_ns(),
         agent_version="0.1.0",
-        slots=slots,
+        catalogue=Catalogue(slots, b"large"),
         config_json='{"lr": 0.001}',
         environment_json='{"host": "bench"}',
         tags_json="[]",

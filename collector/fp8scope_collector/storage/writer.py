@@ -14,6 +14,7 @@ import itertools
 import math
 import secrets
 import sqlite3
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from fp8scope_collector.storage import samples, schema, tokens
 from fp8scope_collector.storage.findings import FindingsNow, findings_now
 from fp8scope_collector.storage.history import LAST_STEP
 from fp8scope_collector.storage.overview import RunState, database_bytes, recent_runs
-from fp8scope_collector.storage.registry import Insert, register
+from fp8scope_collector.storage.registry import Insert, Numbers, register
 from fp8scope_collector.storage.rolling import Locked, Rolling
 from fp8scope_collector.storage.sql_stats import SqlStats
 from fp8scope_collector.storage.stats_store import StatsStore, StorageError
@@ -72,12 +73,15 @@ class StatsWriter:
         self._store = store or SqlStats(engine.dialect.name)
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._insert: Insert = sqlite.insert if self._is_sqlite else postgresql.insert
+        self._numbers: Numbers = weakref.WeakValueDictionary()  # as long as their sources are in memory
         self._rolling = Rolling(self._store, self._insert, part=0 if self._is_sqlite else secrets.randbits(62))
 
     def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
         """The source that `opening` describes, new or known; see `registry.register`."""
         with self._engine.begin() as connection:
-            return register(connection, self._insert, opening, now_unix_ns=now_unix_ns)
+            source, key = register(connection, self._insert, opening, self._numbers, now_unix_ns=now_unix_ns)
+        self._numbers[key] = source.run_slot
+        return source
 
     def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
         """Writes in one transaction what of the group is not in the database yet; it is durable on return."""
