@@ -21,6 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from fp8scope_collector.diagnosis.catalogue import BY_NAME
 from fp8scope_collector.diagnosis.engine import Episodes, Key, by_badness, is_over, key_of
 from fp8scope_collector.diagnosis.finding import Finding, Severity
+from fp8scope_collector.diagnosis.priority import Transactions
 from fp8scope_collector.diagnosis.report import evidence
 from fp8scope_collector.diagnosis.thresholds import MAX_FINDINGS
 from fp8scope_collector.storage import schema
@@ -60,10 +61,10 @@ class Entry:
 class Book:
     """The findings of one run. `slots` are those of its newest life."""
 
-    def __init__(self, engine: sa.Engine, reading: sa.Engine, run_id: int, slots: Sequence[Slot]) -> None:
-        self._engine = engine
+    def __init__(self, writing: Transactions, reading: sa.Engine, run_id: int, slots: Sequence[Slot]) -> None:
+        self._writing = writing
         self._run_id = run_id
-        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._insert = sqlite.insert if writing.dialect == "sqlite" else postgresql.insert
         self._entries: dict[Key, list[Entry]] = defaultdict(list)
         self._doubtful: set[int] = set()
         self._count = 0
@@ -120,12 +121,20 @@ class Book:
         inserts = sorted(inserts, key=lambda each: by_badness(each[0]))[: max(0, MAX_FINDINGS - self._count)]
         if judged == self.judged and not (updates or inserts or lost):
             return []
-        with self._engine.begin() as connection:
+        new_rows = [self._new_row(finding, ending, now_unix_ns) for finding, ending in inserts]
+        changed = [self._changed_row(new, now_unix_ns) for old, new in updates if old != new]
+
+        def store(connection: sa.Connection) -> list[int]:
             self._store_judged(connection, judged, now_unix_ns)
-            added = [Entry(self._add(connection, f, ending, now_unix_ns), f, ending) for f, ending in inserts]
-            self._update(connection, [new for old, new in updates if old != new], now_unix_ns)
+            ids = self._add(connection, new_rows)
+            self._update(connection, changed)
             self._close(connection, [old.id for old, new in updates if new.ending and not old.ending], now_unix_ns)
             self._close(connection, [entry.id for entry in lost], now_unix_ns, ending="rewritten")
+            return ids
+
+        ids = self._writing.run(store)
+        self.judged = judged
+        added = [Entry(id_, finding, ending) for id_, (finding, ending) in zip(ids, inserts, strict=True)]
         return list(self._remember(updates, added, lost))
 
     def _remember(
@@ -173,12 +182,9 @@ class Book:
                 index_elements=["run_id"], set_={name: insert.excluded[name] for name in names}
             )
         )
-        self.judged = judged
 
-    def _add(self, connection: sa.Connection, finding: Finding, ending: Ending | None, now_unix_ns: int) -> int:
-        """Inserts a finding, or takes over the row that another collector or a forgotten life left for it."""
-        table = schema.finding
-        values = _row_of(finding) | {
+    def _new_row(self, finding: Finding, ending: Ending | None, now_unix_ns: int) -> dict[str, Any]:
+        return _row_of(finding) | {
             "run_id": self._run_id,
             "rule": finding.rule,
             "slot": finding.slot.slot if finding.slot else WHOLE_RUN,
@@ -187,36 +193,44 @@ class Book:
             "closed_unix_ns": now_unix_ns if ending else None,
             "ending": ending,
         }
+
+    def _add(self, connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> list[int]:
+        """Inserts findings, or takes over the rows that another collector or a forgotten life left for them; ids."""
+        if not rows:
+            return []
+        table = schema.finding
         rewritten = table.c.ending == "rewritten"
         anew = ("acknowledged_unix_ns", "acknowledged_by", "acknowledged_reason")
-        insert = self._insert(table).values(values)
+        insert = self._insert(table)
         insert = insert.on_conflict_do_update(
             index_elements=["run_id", "rule", "slot", "first_step"],
-            set_={name: insert.excluded[name] for name in values if name != "opened_unix_ns"}
+            set_={name: insert.excluded[name] for name in rows[0] if name != "opened_unix_ns"}
             | {name: sa.case((rewritten, None), else_=table.c[name]) for name in anew},
         )
-        return int(connection.execute(insert.returning(table.c.id)).scalar_one())
+        connection.execute(insert, rows)
+        key = (table.c.rule, table.c.slot, table.c.first_step)
+        stored = connection.execute(sa.select(table.c.id, *key).where(table.c.run_id == self._run_id))
+        ids = {(row.rule, row.slot, row.first_step): row.id for row in stored}
+        return [ids[row["rule"], row["slot"], row["first_step"]] for row in rows]
 
-    def _update(self, connection: sa.Connection, entries: Sequence[Entry], now_unix_ns: int) -> None:
-        if not entries:
+    def _changed_row(self, entry: Entry, now_unix_ns: int) -> dict[str, Any]:
+        values = {f"b_{name}": value for name, value in _row_of(entry.finding).items()}
+        return values | {"b_id": entry.id, "b_ending": entry.ending, "b_now": now_unix_ns}
+
+    def _update(self, connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
+        if not rows:
             return
-        values = [
-            {"b_id": entry.id}
-            | {f"b_{name}": value for name, value in _row_of(entry.finding).items()}
-            | {"b_ending": entry.ending, "b_now": now_unix_ns}
-            for entry in entries
-        ]
         table = schema.finding
-        bound: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in _row_of(entries[0].finding)}
+        names = {f"b_{column.name}": column.name for column in table.columns}
         ending = sa.bindparam("b_ending", type_=sa.Text)
         statement = sa.update(table).where(table.c.id == sa.bindparam("b_id"))
         statement = statement.values(
-            **bound,
+            **{names[bound]: sa.bindparam(bound) for bound in rows[0] if bound not in ("b_id", "b_ending", "b_now")},
             ending=ending,
             updated_unix_ns=sa.bindparam("b_now", type_=sa.BigInteger),
             closed_unix_ns=sa.case((ending.is_(None), None), else_=table.c.closed_unix_ns),
         )
-        connection.execute(statement, values)
+        connection.execute(statement, rows)
 
     def _close(
         self, connection: sa.Connection, ids: Sequence[int], now_unix_ns: int, ending: Ending | None = None

@@ -40,7 +40,9 @@ class Companion:
             *(sys.executable, "-m", "fp8scope_collector.diagnosis.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # a signal for the terminal's processes is the collector's
+            # Ctrl-C in the terminal is the collector's. Not a session: Linux weighs each against the others as a whole,
+            # and how nice a process of one is says nothing to those of another.
+            process_group=0,
         )
         assert self._process.stdin
         with contextlib.suppress(ConnectionError):

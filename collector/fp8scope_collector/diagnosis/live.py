@@ -20,6 +20,7 @@ import structlog
 from fp8scope_collector.diagnosis.book import Book, Change, Judged
 from fp8scope_collector.diagnosis.engine import Episodes
 from fp8scope_collector.diagnosis.finding import Finding
+from fp8scope_collector.diagnosis.priority import Transactions
 from fp8scope_collector.diagnosis.rules import run_silent
 from fp8scope_collector.diagnosis.source import GIVEN_UP_S, Cursor, RunRows
 from fp8scope_collector.diagnosis.thresholds import DATED_BACK_ROWS, GAP_ROWS, SILENT_S
@@ -129,7 +130,7 @@ class RunWatch:
 
     def __init__(
         self,
-        engine: sa.Engine,
+        writing: Transactions,
         reading: sa.Engine,
         store: StatsStore,
         reader: Reader,
@@ -138,7 +139,7 @@ class RunWatch:
     ) -> None:
         self.created_unix_ns = run.created_unix_ns
         self.heard_unix_ns = 0
-        self._engine = engine
+        self._writing = writing
         self._reading = reading
         self._store = store
         self._reader = reader
@@ -180,7 +181,7 @@ class RunWatch:
         self._rows = RunRows(self._reader, self._reading, self._store, self._run_id, slots, ranks)
         self._known = frozenset(source.id for source in run.sources)
         if fresh or self._book is None:
-            self._book = Book(self._engine, self._reading, self._run_id, slots)
+            self._book = Book(self._writing, self._reading, self._run_id, slots)
             judged = self._book.judged or Judged(-1, 0, {})
             self._judged = dict(judged.sources)
             self._begin(judged.step + 1, rows=judged.rows)
@@ -287,7 +288,7 @@ class Watcher:
         unix_ns: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine = open_engine(url)
+        self._writing = Transactions(open_engine(url))
         self._reading = open_engine(url, read_only=True)  # on SQLite the other one locks out the writer
         self._store = open_stats(self._reading)
         self._reader = Reader(url)
@@ -300,7 +301,7 @@ class Watcher:
         self._reader.close()
         self._store.close()
         self._reading.dispose()
-        self._engine.dispose()
+        self._writing.close()
 
     def look(self, between: Callable[[], bool] = lambda: True) -> tuple[list[News], bool]:
         """Judges what is new in all runs; what changed, and whether there is more to do at once.
@@ -338,7 +339,7 @@ class Watcher:
         known = self._runs.get(run.id)
         if known is None or known.created_unix_ns != run.created_unix_ns:  # SQLite gives ids of deleted runs again
             known = self._runs[run.id] = RunWatch(
-                self._engine, self._reading, self._store, self._reader, run, self._clock
+                self._writing, self._reading, self._store, self._reader, run, self._clock
             )
         return known
 
@@ -389,7 +390,7 @@ class Lease:
     def __init__(
         self, url: str, holder: str, seconds: float = LEASE_S, unix_ns: Callable[[], int] = time.time_ns
     ) -> None:
-        self._engine = open_engine(url)
+        self._writing = Transactions(open_engine(url))
         self._holder = holder
         self._seconds = seconds
         self._unix_ns = unix_ns
@@ -397,32 +398,37 @@ class Lease:
 
     def hold(self) -> bool:
         """Takes or renews the lease; False: another has it."""
-        lease, now = schema.lease, self._unix_ns()
+        now = self._unix_ns()
         if now < self._renewed_ns + int(self._seconds / 10 * 1e9):
             return True
+        if held := self._writing.run(lambda connection: self._take(connection, now)):
+            self._renewed_ns = now
+        return held
+
+    def _take(self, connection: sa.Connection, now: int) -> bool:
+        lease = schema.lease
         values = {"holder": self._holder, "until_unix_ns": now + int(self._seconds * 1e9)}
         mine = sa.and_(lease.c.task == DIAGNOSIS, sa.or_(lease.c.holder == self._holder, lease.c.until_unix_ns <= now))
-        with self._engine.begin() as connection:
-            if connection.execute(sa.update(lease).where(mine).values(values)).rowcount:
-                self._renewed_ns = now
-                return True
-            if connection.execute(sa.select(lease.c.task).where(lease.c.task == DIAGNOSIS)).first():
-                return False
-            try:
-                with connection.begin_nested():
-                    connection.execute(sa.insert(lease).values(task=DIAGNOSIS, **values))
-            except sa.exc.IntegrityError:  # another was faster
-                return False
-            self._renewed_ns = now
+        if connection.execute(sa.update(lease).where(mine).values(values)).rowcount:
             return True
+        if connection.execute(sa.select(lease.c.task).where(lease.c.task == DIAGNOSIS)).first():
+            return False
+        try:
+            with connection.begin_nested():
+                connection.execute(sa.insert(lease).values(task=DIAGNOSIS, **values))
+        except sa.exc.IntegrityError:  # another was faster
+            return False
+        return True
 
     def release(self) -> None:
         """Lets another take over at once."""
         lease, self._renewed_ns = schema.lease, 0
         mine = sa.and_(lease.c.task == DIAGNOSIS, lease.c.holder == self._holder)
-        with contextlib.suppress(sa.exc.DBAPIError), self._engine.begin() as connection:
-            connection.execute(sa.update(lease).where(mine).values(until_unix_ns=0))
-        self._engine.dispose()
+        with contextlib.suppress(sa.exc.DBAPIError):
+            self._writing.run(
+                lambda connection: connection.execute(sa.update(lease).where(mine).values(until_unix_ns=0))
+            )
+        self._writing.close()
 
 
 def judged_ranks(ranks: Sequence[int], slots: int) -> tuple[int, ...]:

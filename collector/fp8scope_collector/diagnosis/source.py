@@ -25,6 +25,7 @@ from fp8scope_collector.storage.stats_store import StatsStore
 
 PIECE_ROWS = 512
 PIECE_CELLS = PIECE_ROWS * 1680  # of all ranks: 70 MB of float64 fields
+SNAPSHOT_ROWS = 20_000  # of one transaction: SQLite cannot begin its log anew while a reader looks at it
 GIVEN_UP_S = 86_400.0  # a run that is silent for so long is taken for dead
 
 
@@ -59,29 +60,29 @@ class RunRows:
             spans = owned_spans(lives, first_step=after.step + 1, last_step=to_step)
             if not spans or not self.slots:
                 return
-            rank_of = {life.source_id: life.rank for life in lives}
-            ranks = self.ranks or tuple(sorted(set(rank_of.values())))
-            fit = PIECE_CELLS // (len(ranks) * len(self.slots))
-            rows = piece_rows or max(LOOKBACK // 4, min(PIECE_ROWS, fit))
-            first_row, seen = after.rows, after.step
             walked = self._steps(connection, spans)
-            for incarnation, group in groupby(walked, key=lambda step: step[1]):
-                steps = np.array([step for step, _ in group], dtype=np.int64)
-                slots = self._slots_of(connection, incarnation)
-                life_row = after.life_row if incarnation == after.incarnation else first_row
-                for start in range(0, steps.size, rows):
-                    part = steps[start : start + rows]
-                    yield Window(
-                        steps=part,
-                        ranks=ranks,
-                        slots=slots,
-                        fields=self._fields(connection, spans, rank_of, ranks, part),
-                        scalars=self._scalars(seen, int(part[-1])),
-                        first_row=first_row,
-                        life_row=life_row,
-                        incarnation=incarnation,
-                    )
-                    first_row, seen = first_row + part.size, int(part[-1])
+        rank_of = {life.source_id: life.rank for life in lives}
+        ranks = self.ranks or tuple(sorted(set(rank_of.values())))
+        fit = PIECE_CELLS // (len(ranks) * len(self.slots))
+        rows = piece_rows or max(LOOKBACK // 4, min(PIECE_ROWS, fit))
+        first_row, seen = after.rows, after.step
+        for incarnation, group in groupby(walked, key=lambda step: step[1]):
+            steps = np.array([step for step, _ in group], dtype=np.int64)
+            slots = self._slots_of(incarnation)
+            life_row = after.life_row if incarnation == after.incarnation else first_row
+            for start in range(0, steps.size, rows):
+                part = steps[start : start + rows]
+                yield Window(
+                    steps=part,
+                    ranks=ranks,
+                    slots=slots,
+                    fields=self._fields(spans, rank_of, ranks, part),
+                    scalars=self._scalars(seen, int(part[-1])),
+                    first_row=first_row,
+                    life_row=life_row,
+                    incarnation=incarnation,
+                )
+                first_row, seen = first_row + part.size, int(part[-1])
 
     def steps(self, first_step: int, last_step: int) -> list[tuple[int, int]]:
         """The recorded steps in between, ascending, each with the newest incarnation that a rank recorded it in."""
@@ -101,12 +102,13 @@ class RunRows:
             newest[step] = max(incarnation_of[source_id], newest.get(step, 0))
         return sorted(newest.items())
 
-    def _slots_of(self, connection: sa.Connection, incarnation: int) -> tuple[Slot, ...]:
+    def _slots_of(self, incarnation: int) -> tuple[Slot, ...]:
         """The slots as this incarnation quantised them."""
         recipe = schema.slot_recipe.c
         query = sa.select(recipe.slot, recipe.format, recipe.recipe, recipe.margin)
         query = query.where(recipe.run_id == self.run_id, recipe.incarnation == incarnation)
-        known = {row.slot: row for row in connection.execute(query)}
+        with self.engine.connect() as connection:
+            known = {row.slot: row for row in connection.execute(query)}
         return tuple(
             replace(slot, format=row.format, recipe=row.recipe, margin=row.margin) if row else slot
             for slot in self.slots
@@ -115,7 +117,6 @@ class RunRows:
 
     def _fields(
         self,
-        connection: sa.Connection,
         spans: list[Span],
         rank_of: Mapping[int, int],
         ranks: tuple[int, ...],
@@ -124,16 +125,18 @@ class RunRows:
         shape = (len(ranks), steps.size, len(self.slots))
         fields: dict[str, Floats] = {name: np.full(shape, np.nan) for name in FIELDS_READ}
         numbers = np.array([slot.slot for slot in self.slots])
+        at_once = max(1, SNAPSHOT_ROWS // len(self.slots))
         for span in spans:
-            first, last = max(span.first_step, int(steps[0])), min(span.last_step, int(steps[-1]))
-            if first > last:
-                continue
             rank = ranks.index(rank_of[span.source_id])
-            part = replace(span, first_step=first, last_step=last)
-            for batch in self.store.rows(connection, [part], FIELDS_READ):
-                at = (rank, np.searchsorted(steps, batch["step"]), np.searchsorted(numbers, batch["slot"]))
-                for name in FIELDS_READ:
-                    fields[name][at] = batch[name].to_numpy(zero_copy_only=False)
+            own = steps[(steps >= span.first_step) & (steps <= span.last_step)]
+            for start in range(0, own.size, at_once):
+                some = own[start : start + at_once]
+                part = replace(span, first_step=int(some[0]), last_step=int(some[-1]))
+                with self.engine.connect() as connection:
+                    for batch in self.store.rows(connection, [part], FIELDS_READ):
+                        at = (rank, np.searchsorted(steps, batch["step"]), np.searchsorted(numbers, batch["slot"]))
+                        for name in FIELDS_READ:
+                            fields[name][at] = batch[name].to_numpy(zero_copy_only=False)
         return fields
 
     def _scalars(self, after: int, last: int) -> dict[str, ScalarSeries]:

@@ -19,13 +19,13 @@ import structlog
 
 from fp8scope_collector.diagnosis.live import Lease, Watcher
 from fp8scope_collector.diagnosis.notify import Notifier
+from fp8scope_collector.diagnosis.priority import step_back
 from fp8scope_collector.diagnosis.settings import Settings
 from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.storage.stats_store import StorageError
 
-NICE = 19  # ingest goes first
-REST = 8  # times what a look took, before the next: diagnosis has at most a ninth of a core
-LONGEST_REST_S = 30.0
+REST = 1  # times the processor time of a look, before the next: diagnosis has at most half a core
+LONGEST_REST_S = 5.0
 log = structlog.get_logger()
 
 
@@ -38,9 +38,10 @@ def work(settings: Settings, stop: threading.Event) -> None:
     watcher = Watcher(settings.db)
     lease = Lease(settings.db, f"{socket.gethostname()}-{os.getpid()}")
     notifier = Notifier(settings.webhook) if settings.webhook else None
+    step_back()
     try:
         while not stop.is_set():
-            started = time.monotonic()
+            started, used = time.monotonic(), time.thread_time()
             more = False
             try:
                 if lease.hold():
@@ -49,9 +50,9 @@ def work(settings: Settings, stop: threading.Event) -> None:
                         notifier.tell(news)
             except sa.exc.DBAPIError as error:
                 log.warning("diagnosis waits for the database", error=" ".join(str(error.orig).split()))
-            used_s = time.monotonic() - started
-            rest_s = min(REST * used_s, LONGEST_REST_S)
-            stop.wait(rest_s if more else max(settings.every_s - used_s, rest_s))
+            took_s = time.monotonic() - started
+            rest_s = min(REST * (time.thread_time() - used), LONGEST_REST_S)
+            stop.wait(rest_s if more else max(settings.every_s - took_s, rest_s))
     finally:
         lease.release()
         if notifier:
@@ -62,7 +63,6 @@ def work(settings: Settings, stop: threading.Event) -> None:
 def main() -> None:
     """Runs the process."""
     log_to_stderr()
-    os.nice(NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the collector's, which ends standard input then
     settings = Settings.from_line(sys.stdin.buffer.readline())
     stop = threading.Event()
