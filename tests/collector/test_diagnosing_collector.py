@@ -7,12 +7,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fp8scope_collector.diagnosis.priority import NICE, Transactions, step_back
+from fp8scope_collector.storage.engine import open_engine
 from fp8scope_collector.storage.reader import Reader
 
 
@@ -114,6 +117,34 @@ def test_a_nan_becomes_a_finding_a_series_and_a_message_and_the_process_ends_wit
     again.process.wait()
     eventually(lambda: not alive(process), why=lambda: "the process outlives a collector that was killed")
     assert len(told) == 1, "what was told is not told again after a restart"
+
+
+def test_what_judges_lets_ingest_go_first_and_what_writes_does_not_wait(
+    tmp_path: Path, start_collector: Callable[..., Any]
+) -> None:
+    """A transaction of a process that waits for a processor would hold up the collector's."""
+    collector = start_collector(f"sqlite:///{tmp_path}/test.db", "--diagnosis", "on")
+    (process,) = eventually(lambda: workers(collector.process.pid))
+    eventually(lambda: os.getpriority(os.PRIO_PROCESS, process) == NICE)
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def judge_and_write() -> tuple[int, int]:
+        engine = open_engine(f"sqlite:///{tmp_path}/test.db")
+        writing = Transactions(engine)
+        step_back()
+        nice = niceness(), writing.run(lambda _: niceness())
+        writing.close()
+        return nice
+
+    with ThreadPoolExecutor(1) as thread:  # it keeps what it sets
+        judging, writing = thread.submit(judge_and_write).result()
+
+    assert judging == NICE
+    assert writing == niceness()
+    assert os.getsid(process) == os.getsid(collector.process.pid), "how nice it is counts within a session alone"
+    assert os.getpgid(process) != os.getpgid(collector.process.pid), "Ctrl-C is the collector's"
 
 
 def test_a_diagnosing_process_that_dies_is_started_again(tmp_path: Path, start_collector: Callable[..., Any]) -> None:

@@ -22,7 +22,7 @@ from fp8scope_collector.diagnosis.engine import Episodes
 from fp8scope_collector.diagnosis.finding import Finding
 from fp8scope_collector.diagnosis.priority import Transactions
 from fp8scope_collector.diagnosis.rules import run_silent
-from fp8scope_collector.diagnosis.source import GIVEN_UP_S, Cursor, RunRows
+from fp8scope_collector.diagnosis.source import GIVEN_UP_S, PIECE_ROWS, Cursor, RunRows
 from fp8scope_collector.diagnosis.thresholds import DATED_BACK_ROWS, GAP_ROWS, SILENT_S
 from fp8scope_collector.diagnosis.window import LOOKBACK, Window, follow, tail, with_ranks
 from fp8scope_collector.messages import run_label
@@ -31,12 +31,13 @@ from fp8scope_collector.storage.engine import open_engine, open_stats
 from fp8scope_collector.storage.findings import DIAGNOSIS, LEASE_S
 from fp8scope_collector.storage.history import Span
 from fp8scope_collector.storage.reader import Reader
-from fp8scope_collector.storage.stats_store import StatsStore
+from fp8scope_collector.storage.stats_store import StatsStore, StorageError
 from fp8scope_collector.storage.writer import is_transient
 
 PATIENCE_S = 10.0  # for a rank that is behind the others and sends nothing
 CELLS = 2_000_000  # ranks times tensors times rows of a run in memory: 130 MB; more ranks are not judged
 REDO_ROWS = 2048  # rows that are read again at most for an episode that was going on
+PIECE_CELLS = 128 * 1680  # read and judged before the clock is looked at again: half a second of a whole core
 RUN_BUDGET_S = 1.0  # of one pass for one run: others wait
 FORGET_S = 600.0  # a run that sent nothing for so long is dropped from memory, and read again when it goes on
 
@@ -246,7 +247,9 @@ class RunWatch:
         deadline = self._clock() + RUN_BUDGET_S
         if to_step <= self._cursor.step:
             return False
-        for piece in self._rows.pieces(to_step=to_step, after=self._cursor):
+        cells = len(self._rows.ranks or ()) * len(self._rows.slots)
+        rows = max(LOOKBACK // 4, min(PIECE_ROWS, PIECE_CELLS // max(cells, 1)))
+        for piece in self._rows.pieces(to_step=to_step, after=self._cursor, piece_rows=rows):
             self._episodes.observe(self._take(piece))
             if self._clock() > deadline:
                 return self._cursor.step < to_step
@@ -321,6 +324,10 @@ class Watcher:
                 changes, more = self._watch(run).advance(run, now)
             except sa.exc.IntegrityError:
                 self._runs.pop(run.id, None)  # deleted meanwhile
+                continue
+            except StorageError as error:  # statistics in a database of their own, which is away
+                self._runs.pop(run.id, None)
+                log.warning("a run cannot be diagnosed now", run=run.label, error=str(error))
                 continue
             except Exception as error:
                 self._runs.pop(run.id, None)

@@ -1,8 +1,8 @@
 """The process that diagnoses, beside the collector that started it: `python -m fp8scope_collector.diagnosis.worker`.
 
 It reads one line of settings from standard input and looks at all runs every few seconds until standard input ends,
-which it does when the collector does, however that happens. A process of its own, and nice: it reads what the collector
-has committed, so it slows no commit, and whatever goes wrong in here stops neither ingest nor training (docs/adr/0063).
+which it does when the collector does, however that happens. A process of its own, that lets ingest go first: it reads
+what the collector has committed, and whatever goes wrong here stops neither ingest nor training (docs/adr/0063, 0065).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fp8scope_collector.diagnosis.settings import Settings
 from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.storage.stats_store import StorageError
 
-REST = 1  # times the processor time of a look, before the next: diagnosis has at most half a core
+REST = 1  # times the processor time of a look, before the next: at most half a core, where one is idle
 LONGEST_REST_S = 5.0
 log = structlog.get_logger()
 

@@ -121,13 +121,16 @@ def test_of_each_stretch_of_steps_the_first_that_is_there_comes(kept: Any, wire:
 
 def test_batches_are_bounded(kept: Any, wire: Any) -> None:
     source = register(kept, wire)
-    commit(kept, [decode(wire.stats(1, wire.columns(0, steps=50)), source)])
+    commit(kept, [decode(wire.stats(1, wire.columns(0, steps=800)), source)])
 
-    with kept.engine.connect() as connection:
-        sizes = [b.num_rows for b in kept.store.rows(connection, [whole(source)], ["amax"], batch_rows=70)]
+    for most in (70, 2100, 4500):
+        with kept.engine.connect() as connection:
+            batches = list(kept.store.rows(connection, [whole(source)], ["amax"], batch_rows=most))
 
-    assert max(sizes) <= 70
-    assert sum(sizes) == 300
+        assert max(batch.num_rows for batch in batches) <= most
+        assert [amax for batch in batches for amax in batch["amax"].to_pylist()] == [
+            step * 64 + slot for step in range(800) for slot in range(6)
+        ]
 
 
 def test_steps_are_those_recorded(kept: Any, wire: Any) -> None:

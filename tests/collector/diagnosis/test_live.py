@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
+import structlog
 
 import faults
 from fp8core import AmaxScaling, DelayedScaling
@@ -26,6 +28,8 @@ from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.acknowledge import Acknowledger
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import Reader
+from fp8scope_collector.storage.sql_stats import SqlStats
+from fp8scope_collector.storage.stats_store import StorageError
 from recordings import Job
 
 LAYER = "blocks.1.mlp.fc1"
@@ -330,6 +334,43 @@ def test_two_that_judge_at_once_write_each_finding_once(engine: sa.Engine, datab
             look(watcher, clock, 0.1)
 
     assert states(database_url) == [("nonfinite", 10, "cleared"), ("nonfinite", 50, None)]
+
+
+def test_between_pieces_no_transaction_is_open(tmp_path: Path) -> None:
+    """SQLite's log begins anew only when nobody reads it; judging a piece takes as long as ingest leaves time for."""
+    engine = open_engine(f"sqlite:///{tmp_path}/test.db")
+    migrate(engine)
+    Job(engine, quiet(40)).send()
+    pieces = open_run(f"sqlite:///{tmp_path}/test.db", "gpt").pieces(piece_rows=10)
+
+    next(pieces)
+    with engine.connect() as connection:
+        connection.rollback()
+        busy, frames, _ = connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # type: ignore[union-attr]
+    rest = sum(piece.steps.size for piece in pieces)
+
+    assert (busy, frames, rest) == (0, 0, 30)
+
+
+def test_statistics_that_are_away_are_waited_for_with_a_sentence(
+    engine: sa.Engine, database_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Job(engine, quiet(40, nonfinite=[30]), now_unix_ns=clock()).send(now_unix_ns=clock())
+    watcher = Watcher(database_url, unix_ns=clock)
+
+    def away(*_: object) -> None:
+        raise StorageError("ClickHouse is away")
+
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
+        patch.setattr(SqlStats, "steps", away)
+        nothing = look(watcher, clock)
+    found = look(watcher, clock)
+    watcher.close()
+
+    assert nothing == []
+    assert [(line["log_level"], line["error"]) for line in logs] == [("warning", "ClickHouse is away")]
+    assert "exc_info" not in logs[0]
+    assert [(change.kind, change.finding.rule) for change in found] == [("opened", "nonfinite")]
 
 
 def test_one_of_two_holds_the_lease_until_it_is_let_go_or_runs_out(
