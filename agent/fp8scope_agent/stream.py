@@ -37,6 +37,7 @@ class Timing:
     heartbeat_s: float = 5.0  # after this long without a message
     opened_s: float = 10.0  # for the answer to Open
     acked_s: float = 2.0  # for any answer while something is unacknowledged; collectors repeat themselves
+    turn_s: float = 6.0  # for any word while nothing is under way and the turn does not come
     drain_s: float = 2.0  # for the last acks of a server that goes down
 
 
@@ -138,8 +139,10 @@ class Stream:
             silent_s = time.monotonic() - self._last_heard
             if not self._opened and silent_s > self._timing.opened_s:
                 return Ended("silent", f"no answer to Open within {self._timing.opened_s:g} s")
-            if (self._delivery.pending or self._waits_for_a_turn()) and silent_s > self._timing.acked_s:
+            if self._delivery.pending and silent_s > self._timing.acked_s:
                 return Ended("silent", f"no acknowledgement within {self._timing.acked_s:g} s")
+            if self._waits_for_a_turn() and silent_s > self._timing.turn_s:
+                return Ended("silent", f"no turn to send within {self._timing.turn_s:g} s, and no word")
 
     def _handle(self, message: pb.ServerMessage) -> None:
         self._last_heard = time.monotonic()

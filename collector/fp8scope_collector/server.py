@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import TypeAlias
@@ -49,6 +50,7 @@ from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 
 STREAMS_END_S = 2.5  # from a signal until streams are cut
 ALIVE_S = 0.5  # how often a stream that waits for the database hears that somebody is there
+IN_LINE_S = 2.0  # and one that has nothing under way and waits for its turn: there may be hundreds
 WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
 VERSION = version("fp8scope-collector")
@@ -283,7 +285,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
 
     async def _acknowledge(self, context: Context, lane: Lane, reading: asyncio.Task[None]) -> None:
         acknowledged, turns = lane.source.up_to_seq, lane.turns
-        told = False
+        told, said_s = False, time.monotonic()
         while True:
             if self._draining and not told:
                 reading.cancel()
@@ -292,6 +294,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             if lane.up_to_seq > acknowledged or lane.turns > turns:
                 acknowledged, turns = lane.up_to_seq, lane.turns
                 await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged), turns=turns))
+                said_s = time.monotonic()
             if lane.failure:
                 raise lane.failure
             if reading.done() and not lane.owed and lane.up_to_seq == acknowledged:
@@ -301,8 +304,10 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                     await lane.changed.wait()
             except TimeoutError:
                 # the database is slow, or many streams are before it: the agent need not look for another collector
-                if self._ingest.turns.waits(lane) or lane.owed or lane.waits:
+                in_line = self._ingest.turns.waits(lane) and time.monotonic() - said_s >= IN_LINE_S
+                if in_line or lane.owed or lane.waits:
                     await context.write(pb.ServerMessage(ack=pb.Ack(up_to_seq=acknowledged)))
+                    said_s = time.monotonic()
             lane.changed.clear()
         if not reading.cancelled():
             reading.result()  # raises what was wrong with the last message

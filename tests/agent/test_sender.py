@@ -25,7 +25,7 @@ from fp8scope_agent.status import DELIVERED, LEFT_OVER, SenderStatus, read_reque
 from fp8scope_agent.stream import Timing
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
-QUICK = Timing(poll_s=0.01, heartbeat_s=0.1, opened_s=0.3, acked_s=0.5, drain_s=0.5)
+QUICK = Timing(poll_s=0.01, heartbeat_s=0.1, opened_s=0.3, acked_s=0.5, turn_s=0.5, drain_s=0.5)
 SLOTS = 3
 
 
@@ -264,7 +264,7 @@ def test_who_has_more_to_send_says_so_and_waits_for_its_turn(
     collector.behaviour = Behaviour(turns=2)
     spool.add(9)
     spool.finish()
-    sending = send(collector.address, timing=replace(QUICK, acked_s=10))
+    sending = send(collector.address, timing=replace(QUICK, turn_s=10))
     collector.wait_for(lambda source: source.up_to_seq == 2)
     sending.life.ended = True
     heartbeats = collector.source.heartbeats
@@ -290,7 +290,7 @@ def test_a_collector_that_gives_no_turn_and_says_nothing_is_left(
         send(hung.address, collector.address)
         collector.wait_for(lambda source: source.up_to_seq == 5)
 
-        assert "no acknowledgement" in spool.status.problems["silent"]
+        assert "no turn to send" in spool.status.problems["silent"]
         assert hung.source.up_to_seq == 1
     finally:
         hung.die()
