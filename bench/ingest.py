@@ -43,7 +43,7 @@ from ingest_peers import compared
 
 ROWS = 1680
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
-WARM_UP_S = 5.0  # the first batches of all streams come at once
+WARM_UP_S = 3.0
 CLIENTS = 2
 RESULTS = Path(__file__).parent / "results" / "ingest.json"
 NAMES = {"sqlite": "SQLite (synchronous=FULL)", "postgresql": "PostgreSQL", "clickhouse": "ClickHouse (chDB)"}
@@ -165,11 +165,10 @@ def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
     latencies: list[float] = []
     times: list[float] = []
     totals: list[int] = []
-    window = Window(seconds)
-    all_open = threading.Barrier(streams, action=window.open)
+    window = Window(seconds, streams)
 
     def send() -> None:
-        own, at, acknowledged = converse(address, all_open, window)
+        own, at, acknowledged = converse(address, window)
         latencies.extend(own)
         times.extend(at)
         totals.append(acknowledged)
@@ -190,23 +189,28 @@ def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
 class Window:
     """The measured time: it begins some seconds after all streams are open."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, streams: int) -> None:
         self._seconds = seconds
+        self._closed = streams
+        self._lock = threading.Lock()
         self.start = self.end = float("inf")
 
-    def open(self) -> None:
-        """All streams are open now."""
-        self.start = time.perf_counter() + WARM_UP_S
-        self.end = self.start + self._seconds
+    def opened(self) -> None:
+        """One stream more is open."""
+        with self._lock:
+            self._closed -= 1
+            if self._closed == 0:
+                self.start = time.perf_counter() + WARM_UP_S
+                self.end = self.start + self._seconds
 
 
-def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple[list[float], list[float], int]:
+def converse(address: str, window: Window) -> tuple[list[float], list[float], int]:
     """One agent: latencies of the batches acknowledged in the measured time, when that was, and how many in all."""
     ready = threading.Semaphore(0)
     sent_at: list[float] = []
 
     def requests() -> Iterator[pb.ClientMessage]:
-        yield pb.ClientMessage(open=opening())
+        yield pb.ClientMessage(open=opening(), more=True)
         compressor = zstandard.ZstdCompressor(level=1)
         columns = first_columns()
         while ready.acquire() and time.perf_counter() < window.end:
@@ -222,7 +226,7 @@ def converse(address: str, all_open: threading.Barrier, window: Window) -> tuple
             now = time.perf_counter()
             if message.window:
                 most_under_way = message.window
-                all_open.wait()
+                window.opened()
             while acknowledged < message.ack.up_to_seq:
                 if window.start <= now < window.end:
                     latencies.append(now - sent_at[acknowledged])

@@ -114,7 +114,8 @@ class Stream:
 
     def _exchange(self) -> Ended:
         self._open.sent_unix_ns = time.time_ns()
-        self._send(pb.ClientMessage(open=self._open).SerializeToString())
+        more = bool(self._delivery.pending) or self._delivery.more()
+        self._send(pb.ClientMessage(open=self._open, more=more).SerializeToString())
         while True:
             try:
                 message = self._incoming.get(timeout=self._timing.poll_s)
@@ -148,7 +149,7 @@ class Stream:
         self._last_heard = time.monotonic()
         if message.window:
             self._delivery.set_window(message.window)
-        if message.turns:
+        if message.HasField("turns"):
             self._turns = message.turns
         body = message.WhichOneof("body")
         if body == "opened":

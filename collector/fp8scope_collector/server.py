@@ -210,32 +210,35 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 )
             token = await self._gate.identify(_authorization(context)) if self._gate else None
             with self._gate.count(token) if self._gate and token else contextlib.nullcontext():
-                source = await self._open(context, token)
-                if source is not None:
-                    await self._converse(context, source, token)
+                if opened := await self._open(context, token):
+                    await self._converse(context, *opened, token)
         except RefusedError as refused:
             log.warning("refused", peer=context.peer(), code=refused.code.name, reason=str(refused))
             await context.abort(refused.code, str(refused))
         finally:
             self._metrics.observe_streams(-1)
 
-    async def _open(self, context: Context, token: Token | None) -> Source | None:
-        """Reads `Open` and registers the source, if `token` may send it; None where the client leaves before."""
-        if (opening := await self._read_open(context)) is None:
+    async def _open(self, context: Context, token: Token | None) -> tuple[Source, bool] | None:
+        """Reads `Open` and registers the source, if `token` may send it: that, and whether the client has more to send.
+
+        None where the client leaves before.
+        """
+        if (first := await self._read_open(context)) is None:
             return None
+        opening, more = first
         sender = Sender(f"peer {context.peer()}")
         if self._gate and token:
             self._gate.admit(token, opening)
             sender = Sender(f"token {token.name}", token.id, token.max_runs)
         try:
-            return await self._ingest.register(dataclasses.replace(opening, sender=sender))
+            return await self._ingest.register(dataclasses.replace(opening, sender=sender)), more
         except ContradictionError as error:
             raise RefusedError(str(error), grpc.StatusCode.FAILED_PRECONDITION) from None
         except TooManyRunsError as error:
             raise RefusedError(str(error), grpc.StatusCode.RESOURCE_EXHAUSTED) from None
 
-    async def _read_open(self, context: Context) -> Opening | None:
-        """The first message, checked. Of what came nothing stays: hundreds of streams may wait to be registered."""
+    async def _read_open(self, context: Context) -> tuple[Opening, bool] | None:
+        """The first message, checked, and its `more`. Of what came nothing stays: hundreds wait to be registered."""
         try:
             async with asyncio.timeout(self._limits.open_s):
                 message = await _next(context)
@@ -248,9 +251,9 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             return None
         if message.WhichOneof("body") != "open":
             raise RefusedError(f"the first message is {message.WhichOneof('body')}; expected open")
-        return decode_open(message.open, self._limits, self._catalogues)
+        return decode_open(message.open, self._limits, self._catalogues), message.more
 
-    async def _converse(self, context: Context, source: Source, token: Token | None) -> None:
+    async def _converse(self, context: Context, source: Source, more: bool, token: Token | None) -> None:
         """Reads in a task of its own; here acknowledgements leave as commits come in."""
         opened = pb.Opened(
             incarnation=source.incarnation,
@@ -258,9 +261,10 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             server_version=VERSION,
             takes_histograms=True,
         )
+        await context.write(pb.ServerMessage(opened=opened, window=self._window, turns=0))
         lane = Lane(source)
-        await context.write(pb.ServerMessage(opened=opened, window=self._window, turns=lane.turns))
         self._lanes.add(lane)
+        self._ingest.turns.join(lane, len(source.run_slot), more=more)
         whose = {"token": token.name} if token else {}
         log.info(
             "opened",
@@ -284,7 +288,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
             log.info("closed", run=source.run, rank=source.rank, up_to_seq=lane.up_to_seq)
 
     async def _acknowledge(self, context: Context, lane: Lane, reading: asyncio.Task[None]) -> None:
-        acknowledged, turns = lane.source.up_to_seq, lane.turns
+        acknowledged, turns = lane.source.up_to_seq, 0
         told, said_s = False, time.monotonic()
         while True:
             if self._draining and not told:

@@ -3,7 +3,8 @@
 An acknowledgement comes when all that came before is committed. If each of 512 streams filled its window, that would
 be 40 seconds' work, and it would lie in memory; here it is what the database takes in a fraction of a second, however
 many streams there are, and the rest waits in the agents' spools. A stream that keeps up (nothing is ready behind what
-it sends) needs no turn; the others stand in one line and get one batch each (docs/adr/0081).
+it sends) needs no turn; the others stand in one line and get one batch each, the first one too: all agents of a job
+come back at once (docs/adr/0081).
 
 `Lane` is a stream's place here and in the queue. Everything lives on the event loop.
 """
@@ -35,7 +36,7 @@ class Lane:
         self.waits = False  # for room in the queue or for its rate, not reading
         self.up_to_seq = source.up_to_seq
         self.failure: RefusedError | None = None  # a batch could not be stored; the stream has to end
-        self.turns = 1  # durable messages that it may have sent, in all: the first needs no asking
+        self.turns = 0  # durable messages that it may have sent, in all
         self.received = 0  # of those
         self.more = False  # the client said that another is ready
         self.rows = 0  # of its last batch, and supposedly of the next
@@ -60,6 +61,13 @@ class Turns:
         self._under_way = 0  # rows that came and are not committed, or are promised
         self._line: OrderedDict[Lane, None] = OrderedDict()
         self._promises: OrderedDict[Lane, _Promise] = OrderedDict()  # the one that was given longest ago first
+
+    def join(self, lane: Lane, rows: int, *, more: bool) -> None:
+        """A stream has opened; `more`: it has a batch ready, supposedly of so many rows."""
+        lane.rows, lane.more = rows, more
+        lane.turns = 0 if more else 1
+        self._queue(lane)
+        self._serve()
 
     def arrived(self, lane: Lane, rows: int, *, more: bool) -> None:
         """A batch of so many rows is in the queue, and counted in `lane.owed`; `more`: the next is ready."""

@@ -261,23 +261,23 @@ def test_the_window_is_the_one_that_the_collector_says(
 def test_who_has_more_to_send_says_so_and_waits_for_its_turn(
     spool: Spool, collector: FakeCollector, send: Callable[..., Sending]
 ) -> None:
-    collector.behaviour = Behaviour(turns=2)
+    collector.behaviour = Behaviour(turns=0)
     spool.add(9)
     spool.finish()
     sending = send(collector.address, timing=replace(QUICK, turn_s=10))
-    collector.wait_for(lambda source: source.up_to_seq == 2)
     sending.life.ended = True
-    heartbeats = collector.source.heartbeats
-    collector.wait_for(lambda source: source.heartbeats > heartbeats + 3)
-    before = collector.source.up_to_seq, sending.result
-    collector.behaviour = Behaviour(turns=5)
-    collector.wait_for(lambda source: source.up_to_seq == 5)
-    collector.behaviour = Behaviour(turns=10)
+    seen = []
+    for turns in (2, 5, 10):
+        heartbeats = collector.wait_for(lambda source: source.heartbeats > 0).heartbeats
+        collector.wait_for(lambda source, after=heartbeats: source.heartbeats > after + 3)
+        seen.append((collector.source.up_to_seq, sending.result))
+        collector.behaviour = Behaviour(turns=turns)
+        collector.wait_for(lambda source, turns=turns: source.up_to_seq == turns)
 
     assert sending.end() == DELIVERED
-    assert before == (2, None)
+    assert seen == [(0, None), (2, None), (5, None)]
     assert_everything_once(collector, spool)
-    assert collector.source.more == [True] * 9 + [False]
+    assert collector.source.more == [True] * 10 + [False]
     assert collector.source.opens == 1
 
 

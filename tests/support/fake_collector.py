@@ -39,7 +39,7 @@ class Source:
     finish: pb.Finish | None = None
     opens: int = 0
     heartbeats: int = 0
-    more: list[bool] = field(default_factory=list)  # what each durable message said of the next
+    more: list[bool] = field(default_factory=list)  # what Open and each durable message said of the next
     resent: int = 0
 
 
@@ -59,7 +59,7 @@ class Behaviour:
     takes_histograms: bool = True
     requests: Sequence[pb.Request] = ()  # come with every acknowledgement
     window: int = 8
-    turns: int = 0  # how many durable messages a stream may send, said again when there are more; 0: any number
+    turns: int | None = None  # durable messages that a stream may send, said again when there are more; None: any
 
 
 class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
@@ -116,12 +116,14 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
             metadata = dict(context.invocation_metadata())
             if metadata.get("authorization") != f"Bearer {behaviour.token}":
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is unknown")
-        first = next(request_iterator).open
+        opening = next(request_iterator)
+        first = opening.open
         if behaviour.refuse_open is not None:
             context.abort(*behaviour.refuse_open)
         with self._lock:
             source = self.sources.setdefault(first.source_uuid, Source(first))
             source.opens += 1
+            source.more.append(opening.more)
             opened = pb.Opened(
                 incarnation=first.incarnation,
                 up_to_seq=source.up_to_seq,
@@ -139,7 +141,7 @@ class FakeCollector(telemetry_pb2_grpc.TelemetryServicer):
                 with self._lock:
                     source.heartbeats += 1
                     source.drops.update({drop.reason: drop.rows for drop in message.heartbeat.drops})
-                if self.behaviour.turns > turns:
+                if self.behaviour.turns != turns:
                     turns = self.behaviour.turns
                     yield pb.ServerMessage(turns=turns)
                 continue
