@@ -36,12 +36,14 @@ class FakeWriter:
         self.groups: list[list[int]] = []
         self.seen: dict[int, Seen] = {}
         self.deleted = False
+        self.busy = False  # with a group
 
     def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
         self._wait()
         return _source()
 
     def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
+        self.busy = True
         self._wait()
         if bad := [batch.seq for batch in group if batch.seq in self.poison]:
             raise sqlite3.IntegrityError(f"{bad}")
@@ -110,7 +112,7 @@ def test_what_waits_is_committed_as_one_group_up_to_the_limit_of_rows(wire: Any)
         lane = Lane(_source())
         writer.open.clear()
         await _put_all(ingest, lane, [_batch(wire, 1)])
-        await asyncio.sleep(0.05)  # the thread has taken the first alone
+        await _until(lambda: writer.busy)  # the thread has taken the first alone
 
         await _put_all(ingest, lane, [_batch(wire, seq) for seq in range(2, 8)])
         writer.open.set()
