@@ -37,8 +37,8 @@ from fp8scope_collector.diagnosis.finding import Finding, Severity  # noqa: E402
 from fp8scope_collector.diagnosis.window import Window, cut  # noqa: E402
 from inject_fault import FAULTS, FITTING, Spec, recipe_of  # noqa: E402
 
-HELD_OUT_SEEDS = (201, 202, 203)
-HEALTHY_SEEDS = (201, 202, 203, 204, 205)
+HELD_OUT_SEEDS = (301, 302, 303)
+HEALTHY_SEEDS = (301, 302, 303, 304, 305)
 HEALTHY_STEPS = 300
 WITHIN = 5
 HORIZON = {True: 60, False: 12}  # steps after the fault: where the loss is waited for, and elsewhere

@@ -16,6 +16,8 @@ def before(values: Floats, rows: int) -> Floats:
 
 def counted(marks: Bools, rows: int) -> Ints:
     """How many of the last `rows` rows are marked, each row's own included."""
+    if not marks.any():  # of most marks in most windows
+        return np.zeros(marks.shape, dtype=np.int64)
     total = np.cumsum(marks, axis=1, dtype=np.int64)
     total[:, rows:] -= total[:, :-rows].copy()
     return total
@@ -23,7 +25,12 @@ def counted(marks: Bools, rows: int) -> Ints:
 
 def all_of_last(marks: Bools, rows: int) -> Bools:
     """Whether the last `rows` rows are all marked."""
-    every: Bools = counted(marks, rows) == rows
+    every = marks.copy()
+    every[:, : rows - 1] = False
+    if not every.any():
+        return every
+    for back in range(1, rows):
+        every[:, back:] &= marks[:, : marks.shape[1] - back]
     return every
 
 
@@ -46,11 +53,15 @@ def smallest(values: Floats, rows: int) -> Floats:
 def mean(values: Floats, rows: int, *, at_least: int) -> Floats:
     """The mean of the last `rows` rows; NaN where fewer than `at_least` have a value.
 
-    Rows are added in the same order wherever a window begins, so that the mean is the same to the last bit.
+    `rows` is a power of two. Rows are added in the same order wherever a window begins, so that the mean is the same to
+    the last bit.
     """
     known = ~np.isnan(values)
-    there = np.where(known, values, 0.0)
-    total, count = np.zeros_like(values), counted(known, rows)
-    for back in range(min(rows, values.shape[1])):
-        total[:, back:] += there[:, : values.shape[1] - back]
+    full: Ints = np.minimum(np.arange(1, values.shape[1] + 1), rows)[None, :, None]
+    count = full if known.all() else counted(known, rows)
+    total, reach = np.where(known, values, 0.0), 1
+    while reach < rows:
+        total[:, reach:] = total[:, reach:] + total[:, :-reach]
+        reach *= 2
+    assert reach == rows
     return np.where(count >= at_least, total / np.maximum(count, 1), np.nan)

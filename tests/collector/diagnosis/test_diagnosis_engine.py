@@ -11,7 +11,7 @@ from fp8core import DelayedScaling
 from fp8core.records import Role
 from fp8scope_collector.diagnosis.catalogue import RULES
 from fp8scope_collector.diagnosis.engine import diagnose
-from fp8scope_collector.diagnosis.finding import Severity
+from fp8scope_collector.diagnosis.finding import Rule, Severity
 from fp8scope_collector.diagnosis.thresholds import GAP_ROWS
 from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, Window, cut, slide
 from fp8scope_collector.storage.readmodels import Slot
@@ -36,6 +36,18 @@ def test_of_these_rows_every_rule_has_something_to_say(noisy: Window, plateaus: 
 
 def test_no_rule_looks_back_further_than_windows_reach() -> None:
     assert max(rule.reach for rule in RULES) <= LOOKBACK
+
+
+def test_a_rule_that_got_a_third_of_the_rows_that_it_names_would_say_something_else(
+    noisy: Window, plateaus: Window
+) -> None:
+    """So that the runs above, cut into single rows, show a rule that names too few."""
+
+    def is_missed(rule: Rule) -> bool:
+        short = [replace(rule, reach=rule.reach // 3)]
+        return any(diagnose(cut(run, 1), rules=short) != diagnose([run], rules=[rule]) for run in (noisy, plateaus))
+
+    assert [rule.name for rule in RULES if rule.reach and not is_missed(rule)] == []
 
 
 def test_the_context_is_bounded_and_ends_with_a_process_life(noisy: Window) -> None:

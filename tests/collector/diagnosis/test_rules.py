@@ -101,6 +101,26 @@ def test_an_input_that_keeps_doubling_is_found(two_ranks: Window) -> None:
     assert finding.numbers["bits"] >= 2
 
 
+@pytest.mark.parametrize(
+    ("bits", "told"),
+    [
+        ([0.5, 1.5], [41]),
+        ([0.3, 1.0], [41]),
+        ([0.5, 0.9], []),  # less than twice the largest before
+        ([0.2, 1.2], []),  # one step, or a spike in one row
+        ([3.0, 3.2], []),  # another level
+        ([3.0, 0.0], []),
+    ],
+)
+def test_an_input_that_doubles_within_two_rows_is_found_in_the_second(bits: list[float], told: list[int]) -> None:
+    slots = tuple(Slot(i, f"blocks.{i}.fc", Role.INPUT, "Fp8Linear", 8, 8, "E4M3FN", "AmaxScaling()", 0) for i in [0])
+    window = made(slots, steps=42)
+    amax = np.full_like(window["amax"], 5.0)
+    amax[0, 40:42, 0] *= 2.0 ** np.array(bits)
+
+    assert [finding.first_step for finding in found(changed(window, amax=amax), "amax-growth")] == told
+
+
 def test_a_first_layer_apart_is_info() -> None:
     recipe = AmaxScaling()
     slots = tuple(Slot(i, f"blocks.{i}.fc", Role.INPUT, "Fp8Linear", 8, 8, "E4M3FN", repr(recipe), 0) for i in range(6))

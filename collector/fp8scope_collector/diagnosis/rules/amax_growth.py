@@ -17,17 +17,18 @@ from fp8scope_collector.diagnosis.window import Bools, Floats, Window
 def check(window: Window) -> Iterator[Finding]:
     """Rows of a weight whose amax grew by an eighth of a bit a step over 4 rows, or of an input's that keeps doubling.
 
-    An input counts where the last 4 rows are all half a bit above the 32 before and rise by half a bit; or where
-    the smallest of 8 rows is four times the largest of the 8 that ended 64 rows earlier, so that a spike does not.
-    A weight may not have jumped in a single row: that is the rule weight-scale-jump's. The first 32 rows of a
-    process life are left out (warm-up). Trust: weights in four rows, inputs in four rows where they double within
-    four, else slowly. Source: outliers that grow until FP8 diverges, arXiv 2409.12517 and 2505.20524.
+    An input counts where it rose above the 32 rows before it in two rows, to twice their largest and by half a bit in
+    the second; where the last 4 rows are all half a bit above the 32 before and rise by half a bit; or where the
+    smallest of 8 rows is four times the largest of the 8 that ended 64 rows earlier. A spike, or a step to another
+    level, is none of these. A weight may not have jumped in a single row: that is the rule weight-scale-jump's. The
+    first 32 rows of a process life are left out (warm-up). Trust: weights in four rows, inputs in two where they
+    double within two and in four where within four, else slowly. Source: outliers that grow until FP8 diverges,
+    arXiv 2409.12517 and 2505.20524.
     """
     new = window.recent(0)
     grown, rows = (np.full(new["amax"].shape, np.nan) for _ in range(2))
     bad = np.zeros(grown.shape, dtype=bool)
-    for role, judged in ((Role.WEIGHT, _weights), (Role.INPUT, _inputs)):
-        which = window.of_role(role)
+    for which, judged in ((window.of_role(Role.WEIGHT), _weights), (_rising_inputs(window), _inputs)):
         grown[..., which], rows[..., which], bad[..., which] = judged(window, which)
     bad &= new.age >= at.SETTLED_ROWS
     yield from findings(new, RULE.name, bad, grown, numbers={"bits": grown, "rows": rows, "amax": new["amax"]})
@@ -44,14 +45,34 @@ def _weights(window: Window, which: Bools) -> tuple[Floats, float, Bools]:
     return grown[:, window.fresh :], 4.0, too_fast[:, window.fresh :]
 
 
+def _rising_inputs(window: Window) -> Bools:
+    """The inputs of which a condition below may be true: most rise so much in no row, and are not looked at."""
+    inputs = window.of_role(Role.INPUT)
+    amax = window.amax_exp2[..., inputs]
+    rising = np.isnan(amax).any(axis=(0, 1))
+    for back, bits in ((1, at.INPUT_RISE_BITS), (3, at.INPUT_RISE_BITS), (64, at.INPUT_GROWTH_BITS)):
+        first = max(window.fresh, back)
+        with np.errstate(invalid="ignore"):
+            rising |= (amax[:, first:] - amax[:, first - back : -back] >= bits).any(axis=(0, 1))
+    which = inputs.copy()
+    which[inputs] = rising
+    return which
+
+
 def _inputs(window: Window, which: Bools) -> tuple[Floats, Floats, Bools]:
-    """The same of inputs, which double at once or slowly."""
+    """The same of inputs, which double at once, soon or slowly."""
     amax = window.amax_exp2[..., which]
+    of_32, rise = largest(amax, 32), amax - before(amax, 1)
     slowly = smallest(amax, 8) - before(largest(amax, 8), 64)
-    above = smallest(amax, 4) - before(largest(amax, 32), 4)
+    above = smallest(amax, 4) - before(of_32, 4)
     doubling = (above >= at.INPUT_DOUBLING_BITS) & (amax - before(amax, 3) >= at.INPUT_RISE_BITS)
-    bad = doubling | ((slowly >= at.INPUT_GROWTH_BITS) & (window.age >= at.SETTLED_ROWS + 72))
-    grown, rows = np.where(doubling, above, slowly), np.where(doubling, 36.0, 64.0)
+    doubled = amax - before(of_32, 2)
+    at_once = (
+        (doubled >= at.INPUT_DOUBLED_BITS) & (doubled - rise >= at.INPUT_RISING_BITS) & (rise >= at.INPUT_RISE_BITS)
+    )
+    bad = at_once | doubling | ((slowly >= at.INPUT_GROWTH_BITS) & (window.age >= at.SETTLED_ROWS + 72))
+    grown = np.select([doubling, at_once], [above, doubled], slowly)
+    rows = np.select([doubling, at_once], [36.0, 34.0], 64.0)
     return grown[:, window.fresh :], rows[:, window.fresh :], bad[:, window.fresh :]
 
 

@@ -16,7 +16,7 @@ def check(window: Window) -> Iterator[Finding]:
     """Rows of other ranks from the fifth on that a rank has no row in, which it had before. Trust: exact."""
     here = window.rank_present
     silent = counted(here, at.RANK_SILENT_ROWS) == 0
-    bad = silent & (counted(here, 4 * at.RANK_SILENT_ROWS) > 0)
+    bad = silent & (counted(here, at.RANK_SILENT_ROWS + 1) > 0)
     rows = np.where(here, 0.0, 1.0)
     yield from findings(window, RULE.name, bad, rows, still=~here, late=at.RANK_SILENT_ROWS - 1, of_run=True)
 
@@ -31,6 +31,6 @@ RULE = Rule(
     },
     changes={"": "fp8scope-agent status"},
     evidence="no row for at least 5 steps that others have",
-    reach=19,
+    reach=at.RANK_SILENT_ROWS,
     check=check,
 )

@@ -23,6 +23,8 @@ def check(window: Window) -> Iterator[Finding]:
     change = window.scale_exp2 - before(window.scale_exp2, 1)
     up, down = change >= at.FLAP_BITS, change <= -at.FLAP_BITS
     moved = (up | down) & ~window.of_role(Role.GRAD_OUTPUT) & (window.age >= 3)
+    if not moved.any():
+        return
     ups, downs = counted(up & moved, 16), counted(down & moved, 16)
     bad = moved & (ups + downs >= at.FLAPS) & (ups > 0) & (downs > 0)
     worst = np.nan_to_num(np.abs(change))

@@ -64,13 +64,15 @@ def _forgotten(window: Window) -> Bools:
     """
     short = window.of_recipe(lambda recipe: isinstance(recipe, DelayedScaling) and recipe.history_len <= 64) == 1
     which = short & (window.of_role(Role.WEIGHT) | (len(window.ranks) == 1))
+    forgotten = np.zeros(window["amax"].shape, dtype=bool)
+    if not which.any():
+        return forgotten
     amax, scale = (window[name][..., which] for name in ("amax", "scale_min"))
     distance = np.diff(window.steps, prepend=window.steps[:1] - 1)[None, :, None]
     unbroken = all_of_last((amax > 0) & (distance == 1), 64)
     with np.errstate(invalid="ignore", divide="ignore"):
         remembered = (window.largest * 2.0**-window.margins)[which] / scale
         lower = remembered > before(largest(amax, 64), 1) * at.REACTION
-    forgotten = np.zeros(window["amax"].shape, dtype=bool)
     forgotten[..., which] = lower & (before(unbroken.astype(np.float64), 1) == 1)
     return forgotten
 
