@@ -341,7 +341,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--recipe is {training.recipe}; fault {args.fault} shows under {' or '.join(spec.recipes)}")
     if spec.swiglu:
         train_gpt.Mlp = SwiGlu  # type: ignore[assignment,misc]  # another MLP of the same interface
-    fault = spec.fault(spec.at if args.at is None else args.at)
+    at = spec.at if args.at is None else args.at
+    fault = spec.fault(at)
     rank = int(os.environ.get("RANK", "0"))
     other = None
     if spec.ranks == 2 and "RANK" not in os.environ:
@@ -355,6 +356,8 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(args.pace_s)
         if rank < spec.ranks - 1:
             return  # the last rank has it
+        if step == at:
+            print(f"step {step}: {spec.does}", flush=True)
         try:
             fault(job, step)
         except Killed:
