@@ -167,8 +167,9 @@ class RunWatch:
         more = self._judge(to_step)
         caught_up = not more
         if caught_up:
-            self._judged = {source.id: min(source.last_step, to_step) for source in run.sources}
             self._cursor = replace(self._cursor, step=max(self._cursor.step, to_step))
+        # Of a look that time cut short, too: what it has judged would seem to have come late in the next.
+        self._judged = {source.id: min(source.last_step, self._cursor.step) for source in run.sources}
         over = caught_up and run.is_over(now_unix_ns)
         self._listen(run, now_unix_ns)
         changes = self._write(now_unix_ns, ended=over, settled=caught_up)

@@ -336,6 +336,28 @@ def test_two_that_judge_at_once_write_each_finding_once(engine: sa.Engine, datab
     assert states(database_url) == [("nonfinite", 10, "cleared"), ("nonfinite", 50, None)]
 
 
+def test_a_run_that_takes_several_looks_goes_on_where_the_last_one_ended(
+    engine: sa.Engine, database_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp8scope_collector.diagnosis.live.RUN_BUDGET_S", 0.0)
+    monkeypatch.setattr("fp8scope_collector.diagnosis.live.PIECE_CELLS", 1)  # 18 rows, a quarter of the context
+    job = Job(engine, quiet(200, nonfinite=[30, 90]), now_unix_ns=clock())
+    job.send(now_unix_ns=clock())
+    watcher, reader = Watcher(database_url, unix_ns=clock), Reader(database_url)
+
+    judged = []
+    for _ in range(12):
+        watcher.look()
+        judged.append(reader.judged_step(reader.run("gpt").id))
+    assert judged == [min(18 * looks, 200) - 1 for looks in range(1, 13)]
+
+    job.finish(now_unix_ns=clock())
+    look(watcher, clock)
+    assert stored(engine, database_url) == replayed(database_url)
+    reader.close()
+    watcher.close()
+
+
 def test_between_pieces_no_transaction_is_open(tmp_path: Path) -> None:
     """SQLite's log begins anew only when nobody reads it; judging a piece takes as long as ingest leaves time for."""
     engine = open_engine(f"sqlite:///{tmp_path}/test.db")
