@@ -25,10 +25,10 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
@@ -41,6 +41,7 @@ from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 from ingest_peers import compared
 
+Meanwhile: TypeAlias = Callable[[str], contextlib.AbstractContextManager[object]]
 ROWS = 1680
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
 WARM_UP_S = 3.0
@@ -107,8 +108,9 @@ def row_of(line: dict[str, Any]) -> str:
     )
 
 
-def measure(engine: str, streams: int, seconds: float) -> dict[str, Any]:
-    """One line's numbers."""
+def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | None = None) -> dict[str, Any]:
+    """One line's numbers; `meanwhile` gets the database's URL and is left when the clients have ended."""
+    meanwhile = meanwhile or (contextlib.nullcontext if engine == "clickhouse" else asking)  # chDB is one process's
     with database(engine) as target:
         server = subprocess.Popen(
             [
@@ -131,7 +133,7 @@ def measure(engine: str, streams: int, seconds: float) -> dict[str, Any]:
                 )
                 for share in shares
             ]
-            with contextlib.nullcontext() if engine == "clickhouse" else asking(target.url):  # chDB is one process's
+            with meanwhile(target.url):
                 results = [json.loads(client.communicate()[0]) for client in clients]
             peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
             assert peak
@@ -292,11 +294,18 @@ def first_columns() -> dict[str, np.ndarray]:
     return columns
 
 
-def batch(seq: int, columns: dict[str, np.ndarray], compressor: zstandard.ZstdCompressor) -> pb.StatsBatch:
+def batch(
+    seq: int, columns: dict[str, np.ndarray], compressor: zstandard.ZstdCompressor, roll: int | None = None
+) -> pb.StatsBatch:
+    """A batch of one step; values move on by `roll` slots from the columns given, by default to others in each step."""
     packed = pb.StatsColumns(
         step=np.full(ROWS, seq, "<u8").tobytes(),
         slot=columns["slot"].tobytes(),
-        **{name: np.roll(column, seq).tobytes() for name, column in columns.items() if name != "slot"},
+        **{
+            name: np.roll(column, seq if roll is None else roll).tobytes()
+            for name, column in columns.items()
+            if name != "slot"
+        },
     ).SerializeToString()
     return pb.StatsBatch(
         seq=seq,
