@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8core.kernels import mkl
+from fp8core.kernels import cpu
 from fp8core.kernels.dispatch import why
 from fp8core.matmul import has_bfloat16_gemm, has_fp8_tensor_cores
 
@@ -23,8 +23,8 @@ def capability() -> str:
 def _gemm(device: torch.device) -> str:
     if has_fp8_tensor_cores(device):
         return "on FP8 tensor cores (E4M3FN and E5M2; FNUZ formats emulated in float32)"
-    if device.type == "cpu" and mkl.available():
-        return "emulated in bfloat16 on AMX (FP8 tensor cores need a CUDA device)"
+    if device.type == "cpu" and why("cpu") == "cpu":
+        return f"emulated in {cpu.engine()} (FP8 tensor cores need a CUDA device)"
     if has_bfloat16_gemm(device):
         return "emulated in bfloat16, in float32 where scales are not powers of two"
     if device.type == "cuda":

@@ -7,15 +7,15 @@ versions, `torch._scaled_mm`. It wants a row-major first operand, a column-major
 divisible by 16; here, once for all, operands are laid out anew where they are not so, and padded with zeros, which add
 nothing to any sum. Fast accumulation (fewer bits) is for fprop only, as in Transformer Engine and torchao.
 
-Elsewhere it is emulated: dequantise, multiply with float32 accumulation, unscale, round once. FP8 values are exact in
-bfloat16 and their products in float32, so what is lost is the order of a float32 sum. How the product is computed
-depends on the processor:
+Elsewhere it is emulated: decode, multiply with float32 accumulation, unscale, round once. FP8 values are exact in
+bfloat16 and their products in float32, so what is lost is the order of a float32 sum.
 
-* on AMX, a bfloat16 GEMM that leaves the float32 sum (`kernels.mkl`);
-* with other bfloat16 instructions, torch's bfloat16 GEMM, if the result is bfloat16 and both scales are powers of two:
-  unscaling is then exact and the one rounding is the GEMM's. With other scales it would round twice, which puts a
-  quarter of the elements off. A processor without (AVX2) is 20 times slower at it in one of the layouts;
-* a float32 GEMM of float32 operands everywhere else.
+* On a CPU the C++ kernels do all of it, with what is fastest there: bfloat16 in tile registers (AMX) or vectors, or
+  float32 vectors (`kernels/cpu_gemm.cpp`). Where torch lets them (2.10), they are the operation's body themselves.
+* With the eager kernels, torch's bfloat16 GEMM if the processor has instructions for it, the result is bfloat16 and
+  both scales are powers of two: unscaling is then exact and the one rounding is the GEMM's. With other scales it would
+  round twice, which puts a quarter of the elements off.
+* A float32 GEMM of float32 operands everywhere else.
 
 Scales multiply into FP8. A product of scales beyond 2**+-126 flushes the result to zero or saturates the factor.
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8core.kernels import kernels_for, mkl
+from fp8core.kernels import cpu, eager, kernels_for
 from fp8core.ops import define
 
 ALIGNMENT = 16
@@ -51,7 +51,7 @@ def scaled_mm(
 
     Operands may be transposed views of contiguous tensors. Set `power_of_two` only if both scales are powers of two.
     """
-    out: Tensor = torch.ops.fp8core.scaled_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, power_of_two, fast_accum)
+    out: Tensor = _operation(a_MK, b_KN, scale_a, scale_b, out_dtype, power_of_two, fast_accum)
     return out
 
 
@@ -69,15 +69,10 @@ def mm_body(
         return a_MK.new_zeros((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
     if has_fp8_tensor_cores(a_MK.device) and tensor_cores_take(a_MK.dtype, b_KN.dtype):
         return _tensor_core_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, fast_accum)
-    return emulated_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, _mm_for(a_MK.device, out_dtype, power_of_two))
-
-
-def _mm_for(device: torch.device, out_dtype: torch.dtype, power_of_two: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    if device.type == "cpu" and mkl.available():
-        return amx_mm
-    if power_of_two and out_dtype == torch.bfloat16 and has_bfloat16_gemm(device):
-        return bfloat16_mm
-    return float32_mm
+    if kernels_for(a_MK.device.type) is cpu:
+        return cpu.scaled_mm(a_MK, b_KN, scale_a, scale_b, out_dtype)
+    bfloat16 = power_of_two and out_dtype == torch.bfloat16 and has_bfloat16_gemm(a_MK.device)
+    return emulated_mm(a_MK, b_KN, scale_a, scale_b, out_dtype, bfloat16_mm if bfloat16 else float32_mm)
 
 
 def emulated_mm(
@@ -90,17 +85,12 @@ def emulated_mm(
 ) -> Tensor:
     """The product without FP8 hardware; `mm` gives that of the codes' values, unscaled."""
     with torch._C._DisableAutocast():  # it reaches into the bodies of operations and would round to bfloat16 here
-        return kernels_for(a_MK.device.type).unscale(mm(a_MK, b_KN), scale_a, scale_b, out_dtype)
+        return eager.unscale(mm(a_MK, b_KN), scale_a, scale_b, out_dtype)
 
 
 def float32_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """The product of the codes' values in float32, on any device."""
     return _dequantize(a_MK, torch.float32) @ _dequantize(b_KN, torch.float32)
-
-
-def amx_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """The product of the codes' values in float32, where `mkl.available()`."""
-    return mkl.gemm(_dequantize(a_MK, torch.bfloat16), _dequantize(b_KN, torch.bfloat16))
 
 
 def bfloat16_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -182,7 +172,7 @@ def _on_meta(
     return a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
 
 
-define(
+_operation = define(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool power_of_two,"
     " bool fast_accum) -> Tensor",
     mm_body,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ Body = Callable[..., Tensor | tuple[Tensor, ...] | None]
 _library = torch.library.Library("fp8core", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's own signature
 
 
-def define(schema: str, body: Body, on_meta: Body) -> None:
-    """Defines the operation of `schema`: `body` runs on every device but meta, where `on_meta` does.
+def define(schema: str, body: Body, on_meta: Body) -> Callable[..., Any]:
+    """The operation of `schema`, now defined: `body` runs on every device but meta, where `on_meta` does.
 
     A compiler traces with fake tensors, which are on meta; `on_meta` has to return outputs of the right shapes.
     """
@@ -24,3 +25,5 @@ def define(schema: str, body: Body, on_meta: Body) -> None:
     name = schema.partition("(")[0]
     _library.impl(name, body, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's own signature
     _library.impl(name, on_meta, "Meta")  # type: ignore[no-untyped-call]  # torch's own signature
+    operation: Callable[..., Any] = getattr(torch.ops.fp8core, name).default
+    return operation

@@ -1,8 +1,8 @@
 // FP8 casts with statistics on a CPU: the whole of fp8core's hot path where there is no GPU.
 //
-// cpu.py compiles this file with the system's compiler on first use and calls it through ctypes: no torch headers, no
-// ABI to match, one library for every shape. The compiler writes the vector instructions: the code below is in GCC's
-// portable vector types, which become AVX-512, AVX2 or NEON, whatever -march=native says.
+// cpu.py compiles this file and its neighbours with the system's compiler on first use and calls them through ctypes: no
+// torch headers, no ABI to match, one library for every shape. The compiler writes the vector instructions: the code
+// below is in GCC's portable vector types, which become AVX-512, AVX2 or NEON, whatever -march=native says.
 //
 // A tensor goes through in blocks of BLOCK elements that stay in the L1 cache, three passes each, every pass in
 // the narrowest lanes that hold what it counts:
@@ -20,12 +20,11 @@
 //
 // Words: y = fl32(x * scale) is the scaled value, q the FP8 value, a a magnitude (sign bit clear).
 
+#include "cpu_vectors.h"
+
 #include <atomic>
-#include <cfenv>
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <mutex>
 #include <type_traits>
 
@@ -36,63 +35,11 @@ constexpr int PAD = 64;            // blocks are padded with zeros to a multiple
 constexpr int CHUNK_BLOCKS = 16;   // blocks of the smallest piece of work that a thread takes
 constexpr int MAX_CHUNKS = 256;    // partial results live on the stack
 
-// A register: GCC takes wider vectors than the processor has apart, element by element.
-#if defined(__AVX512BW__)
-constexpr int VECTOR_BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32;
-#else
-constexpr int VECTOR_BYTES = 16;
-#endif
-constexpr int LANES = VECTOR_BYTES / 4;
-
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
-typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
-typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint16_t HalfRegister __attribute__((vector_size(VECTOR_BYTES / 2)));     // LANES uint16
-typedef uint8_t QuarterRegister __attribute__((vector_size(VECTOR_BYTES / 4)));  // LANES uint8
-
-template <class To, class From> inline To load(const From* from) {
-    To to;
-    std::memcpy(&to, from, sizeof to);
-    return to;
-}
-
-template <class To, class From> inline To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "the same bits");
-    return load<To>(&from);
-}
-
-template <class V> inline V select(V mask, V yes, V no) { return (mask & yes) | (~mask & no); }
-
-// Between ints and bytes by way of shorts: GCC 12 does it element by element otherwise, except that it knows AVX-512's
-// instruction. Narrowing keeps the low bits.
-inline QuarterRegister narrow(Ints lanes) {
-#if defined(__AVX512F__)
-    return __builtin_convertvector(lanes, QuarterRegister);
-#else
-    return __builtin_convertvector(__builtin_convertvector(lanes, HalfRegister), QuarterRegister);
-#endif
-}
-inline Ints widen(QuarterRegister lanes) {
-    return __builtin_convertvector(__builtin_convertvector(lanes, HalfRegister), Ints);
-}
-
 template <class V> inline int64_t total(V lanes) {
     int64_t sum = 0;
     for (unsigned i = 0; i < sizeof(V) / sizeof(lanes[0]); ++i) sum += lanes[i];
     return sum;
 }
-
-// A format as `encode` and `tally` need it; made by cpu.py from fp8core.formats, field for field.
-struct Target {
-    int32_t mantissa_bits;
-    int32_t smallest_normal;  // float32 bits
-    int32_t max;              // float32 bits
-    int32_t overflow_above;   // float32 bits: a magnitude beyond them was clipped
-    int32_t fnuz;             // no negative zero; its code 0x80 is the NaN
-};
 
 // ------------------------------------------------------------------------------------------- the three input types
 //
@@ -412,16 +359,6 @@ template <class In> Tally scan_block(const typename In::Word* x, int n) {
 
 // ------------------------------------------------------------------------------------------------------- threads
 
-// Round to nearest, subnormals kept, whatever the thread is set to (torch.set_flush_denormal). Each thread has its own.
-struct DefaultFloatMode {
-    std::fenv_t saved;
-    DefaultFloatMode() {
-        std::fegetenv(&saved);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultFloatMode() { std::fesetenv(&saved); }
-};
-
 typedef Tally (*Work)(const void* body, int64_t first, int count);
 
 Tally run_chunks(int64_t n, int threads, const void* body, Work work) {
@@ -538,32 +475,6 @@ template <class In> void count_exponents(const void* x, int64_t n, int64_t* coun
 
 // ---------------------------------------------------------------------------------------------------- dequantise
 
-template <class Out> inline void store(Out* out, Ints bits);
-template <> inline void store(uint32_t* out, Ints bits) { std::memcpy(out, &bits, sizeof bits); }
-template <> inline void store(uint16_t* out, Ints bits) {  // bf16: exact, an FP8 value has at most 4 significant bits
-    const HalfRegister high = __builtin_convertvector((bits >> 16) & 0xFFFF, HalfRegister);
-    std::memcpy(out, &high, sizeof high);
-}
-
-template <class Out> void decode_block(const uint8_t* q, Out* out, int n, const Target& target) {
-    const int shift = 23 - target.mantissa_bits;
-    const int32_t max_code = ((target.max - target.smallest_normal) >> shift) + (1 << target.mantissa_bits);
-    const int32_t rebias = target.smallest_normal - (1 << 23);
-    const Floats place = bit_cast<Floats>(Ints{} + target.smallest_normal);
-    for (int i = 0; i < n; i += LANES) {
-        const Ints code = widen(load<QuarterRegister>(q + i));
-        const Ints a = code & 0x7F;
-        const Ints normal = (a << shift) + rebias;
-        const Ints subnormal = bit_cast<Ints>(bit_cast<Floats>((a << shift) + target.smallest_normal) - place);
-        Ints bits = select(Ints(a < (1 << target.mantissa_bits)), subnormal, normal);
-        if (target.fnuz)
-            bits = select(Ints(code == 0x80), Ints{} + 0x7FC00000, bits | ((code & 0x80) << 24));
-        else
-            bits = select(Ints(a > max_code), (a << shift) | 0x7F800000, bits) | ((code & 0x80) << 24);
-        store(out + i, bits);
-    }
-}
-
 template <class Out> void decode_all(const uint8_t* q, int64_t n, const Target& target, Out* out, int threads) {
     over_blocks(n, threads, [&](int64_t first, int count) {
         const int whole = count / LANES * LANES, rest = count - whole;
@@ -573,33 +484,6 @@ template <class Out> void decode_all(const uint8_t* q, int64_t n, const Target& 
             Out out_padded[LANES];
             std::memcpy(q_padded, q + first + whole, size_t(rest));
             decode_block(q_padded, out_padded, LANES, target);
-            std::memcpy(out + first + whole, out_padded, size_t(rest) * sizeof *out);
-        }
-        return Tally();
-    });
-}
-
-// ------------------------------------------------------------------------------------- what follows an emulated GEMM
-
-// To bf16, ties to even; all NaN become one, as in torch. Not by AVX512_BF16's instruction, which flushes subnormals.
-inline Ints rounded_to_bf16(Floats y) {
-    const Ints bits = bit_cast<Ints>(y);
-    const Ints rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-    return select(Ints((bits & 0x7FFFFFFF) > 0x7F800000), Ints{} + 0x7FC00000, rounded);
-}
-
-inline void store_product(float* out, Floats y) { std::memcpy(out, &y, sizeof y); }
-inline void store_product(uint16_t* out, Floats y) { store(out, rounded_to_bf16(y)); }
-
-template <class Out> void unscale_all(const float* y, int64_t n, float inv_scale, Out* out, int threads) {
-    over_blocks(n, threads, [&](int64_t first, int count) {
-        const int whole = count / LANES * LANES, rest = count - whole;
-        for (int64_t i = first; i < first + whole; i += LANES) store_product(out + i, load<Floats>(y + i) * inv_scale);
-        if (rest) {
-            float y_padded[LANES] = {};
-            Out out_padded[LANES];
-            std::memcpy(y_padded, y + first + whole, size_t(rest) * sizeof *y);
-            store_product(out_padded, load<Floats>(y_padded) * inv_scale);
             std::memcpy(out + first + whole, out_padded, size_t(rest) * sizeof *out);
         }
         return Tally();
@@ -725,18 +609,6 @@ void fp8_dequantize(const uint8_t* q, int64_t n, const Target* target, void* out
         decode_all(q, n, *target, static_cast<uint16_t*>(out), threads);
     else
         decode_all(q, n, *target, static_cast<uint32_t*>(out), threads);
-}
-
-// y / (scale_a * scale_b), to bf16 where `narrow` is set, else to float32; `out` may be `y`.
-void fp8_unscale(const float* y, int64_t n, const float* scale_a, const float* scale_b, void* out, int narrow,
-                 int threads) {
-    const DefaultFloatMode mode;
-    const double exact = 1.0 / (double(*scale_a) * double(*scale_b));
-    const float inv_scale = exact > double(FLT_MAX) ? FLT_MAX : float(exact);
-    if (narrow)
-        unscale_all(y, n, inv_scale, static_cast<uint16_t*>(out), threads);
-    else
-        unscale_all(y, n, inv_scale, static_cast<float*>(out), threads);
 }
 
 // Adds to counts[256].

@@ -1,6 +1,6 @@
-"""Casts with statistics on a CPU, by cpu.cpp: compiled on first use in seconds, then cached, called through ctypes.
+"""Casts with statistics and GEMMs on a CPU, by cpu*.cpp: compiled on first use in seconds, cached, called by ctypes.
 
-The functions are those of every kernel module (eager, triton): device-side work only, payload and integer counters
+The functions on tensors of any shape are those of every kernel module (eager, triton): device-side work only, payload and integer counters
 identical on all paths. Inputs may be bfloat16, float16 or float32, of any strides (others are made contiguous first);
 outputs are contiguous.
 
@@ -39,7 +39,11 @@ _ROW = (
 )
 assert COLUMNS == _ROW, "cpu.cpp's struct Row and records.COLUMNS differ"
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+# What a GEMM can compute with, as cpu_gemm.h's `Engine` numbers it.
+ENGINES = ("float32", "bfloat16 (AVX512_BF16)", "bfloat16 on AMX")
+
+_SOURCES = tuple(Path(__file__).with_name(f"cpu{part}.cpp") for part in ("", "_gemm", "_operator"))
+_HEADERS = tuple(Path(__file__).with_name(f"cpu_{part}.h") for part in ("vectors", "gemm"))
 # Contracting x * scale + c into one rounding would break the rounding to FP8.
 _COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
 _FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -158,19 +162,38 @@ def dequantize(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def unscale(
-    product: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out_dtype: torch.dtype
+def scaled_mm(
+    a_MK: torch.Tensor, b_KN: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """`product` / (scale_a * scale_b) in `out_dtype`, rounded once; see `eager.unscale`. May reuse `product`."""
-    if product.dtype != torch.float32 or out_dtype not in (torch.float32, torch.bfloat16):
-        return eager.unscale(product, scale_a, scale_b, out_dtype)
+    """a_MK @ b_KN / (scale_a * scale_b) in `out_dtype`, rounded once, for FP8 operands of any strides.
+
+    This is what torch's dispatcher calls in `register` without Python on the way.
+    """
     narrow = out_dtype == torch.bfloat16
-    out = torch.empty_like(product, dtype=out_dtype) if narrow else product
-    n = product.numel()
-    _library().fp8_unscale(
-        *(product.data_ptr(), n, scale_a.data_ptr(), scale_b.data_ptr(), out.data_ptr(), narrow, _threads(n)),
+    out_MN = torch.empty(a_MK.shape[0], b_KN.shape[1], dtype=out_dtype if narrow else torch.float32)
+    failure = _library().fp8_scaled_mm(
+        *(_matrix(a_MK), _matrix(b_KN), _scale_address(scale_a), _scale_address(scale_b)),
+        *(out_MN.data_ptr(), narrow, torch.get_num_threads()),
     )
-    return out
+    if failure:
+        raise MemoryError(f"no memory to multiply {list(a_MK.shape)} by {list(b_KN.shape)}")
+    return out_MN if out_MN.dtype == out_dtype else out_MN.to(out_dtype)
+
+
+def engine() -> str:
+    """What the GEMM computes with: the fastest of ENGINES here, or what `use_engine` said."""
+    return ENGINES[_library().fp8_engine()]
+
+
+def engines() -> tuple[str, ...]:
+    """Those of ENGINES that run here."""
+    return tuple(name for number, name in enumerate(ENGINES) if _library().fp8_can_use(number))
+
+
+def use_engine(name: str) -> None:
+    """From now on, in the whole process, the GEMM computes with this one of `engines()`: for tests and benchmarks."""
+    assert name in engines(), name
+    _library().fp8_use_engine(ENGINES.index(name))
 
 
 def exponent_histogram(x: torch.Tensor) -> torch.Tensor:
@@ -255,6 +278,24 @@ def _float32_bits(value: float) -> int:
     return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value
 
 
+class _Matrix(ctypes.Structure):
+    """cpu_gemm.h's `struct Matrix`."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
+        ("format", ctypes.POINTER(_Target)),
+    )
+
+
+def _matrix(q: torch.Tensor) -> _Matrix:
+    fmt = _format_by_dtype()[q.dtype]
+    return _Matrix(q.data_ptr(), *q.shape, *q.stride(), ctypes.pointer(_target(fmt.name)))
+
+
 @functools.cache
 def _format_by_dtype() -> dict[torch.dtype, Fp8Format]:
     return {getattr(torch, fmt.torch_dtype): fmt for fmt in FORMATS.values()}
@@ -286,6 +327,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             if _loaded is None:
                 try:
                     _loaded = _open(build()), None
+                    _register()
                 except _UnavailableError as error:
                     _loaded = None, str(error)
     return _loaded
@@ -299,11 +341,11 @@ def build(cache_dir: Path | None = None, compiler: str | None = None) -> Path:
     """
     cache_dir = cache_dir or _user_cache() / "fp8scope" / "kernels"
     compiler = compiler or _find_compiler()
-    source = _SOURCE.read_bytes()
+    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     reasons = []
     for extra in _FLAG_SETS:
         flags = (*_COMMON_FLAGS, *extra)
-        key = hashlib.sha256(repr((source, flags, compiler, _processor())).encode()).hexdigest()[:20]
+        key = hashlib.sha256(repr((sources, flags, compiler, _processor())).encode()).hexdigest()[:20]
         library = cache_dir / f"cpu-{key}.so"
         if library.exists():
             return library
@@ -334,7 +376,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
             built = Path(scratch) / library.name
-            command = [compiler, *flags, str(_SOURCE), "-o", str(built)]
+            command = [compiler, *flags, *map(str, _SOURCES), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_DEADLINE_S, check=False)
             if done.returncode != 0:
                 return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
@@ -365,14 +407,74 @@ def _open(path: Path) -> ctypes.CDLL:
         ) from None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     target, tensor = ctypes.POINTER(_Target), (pointer, count, number)
+    library.fp8_register.argtypes = (ctypes.POINTER(_Torch),)
     library.fp8_amax.argtypes = (*tensor, pointer, number)
     row = (pointer, count, pointer)
     library.fp8_cast.argtypes = (*tensor, pointer, target, pointer, pointer, *row, number, number)
     library.fp8_count.argtypes = (*tensor, pointer, target, pointer, *row, number, number)
     library.fp8_count_by_amax.argtypes = (*tensor, ctypes.c_double, number, target, pointer, *row, number, number)
     library.fp8_dequantize.argtypes = (pointer, count, target, pointer, number, number)
-    library.fp8_unscale.argtypes = (pointer, count, pointer, pointer, pointer, number, number)
+    matrix = ctypes.POINTER(_Matrix)
+    library.fp8_scaled_mm.argtypes = (matrix, matrix, pointer, pointer, pointer, number, number)
+    library.fp8_can_use.argtypes = library.fp8_use_engine.argtypes = (number,)
     library.fp8_exponents.argtypes = (*tensor, pointer, number)
-    for name in ("amax", "dequantize", "unscale", "exponents"):
+    for name in ("amax", "dequantize", "exponents", "use_engine"):
         getattr(library, f"fp8_{name}").restype = None
     return library
+
+
+# ------------------------------------------------------------------------------------------------ torch's dispatcher
+
+
+class _Torch(ctypes.Structure):
+    """cpu_operator.cpp's `struct Torch`."""
+
+    _FUNCTIONS = (
+        *("aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_call_dispatcher"),
+        *("torch_get_num_threads", "aoti_torch_get_dim", "aoti_torch_get_numel", "aoti_torch_get_dtype"),
+        *("aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_data_ptr", "aoti_torch_empty_strided"),
+        "aoti_torch_delete_tensor_object",
+    )
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _FUNCTIONS),
+        ("float32", ctypes.c_int32),
+        ("bfloat16", ctypes.c_int32),
+        ("fp8", ctypes.c_int32 * 4),
+        ("formats", ctypes.POINTER(_Target) * 4),
+    )
+
+
+@functools.cache
+def _register() -> bool:
+    """Makes cpu_operator.cpp the body of torch.ops.fp8core.scaled_mm on CPU tensors; False where torch has no say.
+
+    It needs torch 2.10. Before, the operation's body in Python calls `scaled_mm`: it takes some microseconds more.
+    """
+    libtorch = _libtorch()
+    if libtorch is None:
+        return False
+    known = sorted(_format_by_dtype().items(), key=lambda item: item[1].name)
+    return not _library().fp8_register(
+        _Torch(
+            *(ctypes.cast(getattr(libtorch, name), ctypes.c_void_p) for name in _Torch._FUNCTIONS),
+            *(_torchs_number(libtorch, dtype) for dtype in (torch.float32, torch.bfloat16)),
+            (ctypes.c_int32 * 4)(*(_torchs_number(libtorch, dtype) for dtype, _ in known)),
+            (ctypes.POINTER(_Target) * 4)(*(ctypes.pointer(_target(fmt.name)) for _, fmt in known)),
+        )
+    )
+
+
+def _libtorch() -> ctypes.CDLL | None:
+    """The library that has all of torch's functions that are asked for."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        if all(hasattr(library, name) for name in _Torch._FUNCTIONS):
+            return library
+    return None
+
+
+def _torchs_number(libtorch: ctypes.CDLL, dtype: torch.dtype) -> int:
+    return int(getattr(libtorch, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")())

@@ -67,10 +67,6 @@ class Kernels(Protocol):
         """See `eager.dequantize`."""
         ...
 
-    def unscale(self, product: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """See `eager.unscale`."""
-        ...
-
     def exponent_histogram(self, x: Tensor) -> Tensor:
         """See `eager.exponent_histogram`."""
         ...

@@ -151,9 +151,6 @@ def dequantize(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.to(dtype)
 
 
-unscale = eager.unscale
-
-
 def exponent_histogram(x: Tensor) -> Tensor:
     """How many elements have each biased float32 exponent, int64 [256]; see `eager.exponent_histogram`."""
     x = _checked(x)
