@@ -15,10 +15,6 @@ with the arena recording and not, by turns.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import platform
-import re
 import runpy
 import time
 from collections.abc import Callable
@@ -37,6 +33,7 @@ from fp8core.formats import E4M3FN
 from fp8core.kernels import cpu
 from fp8core.records import Role
 from fp8core.stats import StatsArena
+from measured import cell, keep_freed_memory, machine
 
 SHAPES = ((2048, 384), (2048, 1536), (8192, 4096))
 RESULTS = Path(__file__).parent / "results" / "quantize.md"
@@ -61,13 +58,6 @@ def main() -> None:
     text = report(results, options.rounds) + "\n\n" + report_steps(*step_seconds(options.steps))
     print(text)
     RESULTS.write_text(text + "\n")
-
-
-def keep_freed_memory() -> None:
-    """glibc's malloc neither maps large blocks by themselves nor gives memory back from now on."""
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h's names for them
-    for option in (trim_threshold, mmap_threshold):
-        ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
 def measure(shape: tuple[int, int], rounds: int) -> dict[str, list[float]]:
@@ -113,7 +103,7 @@ def report(results: dict[tuple[int, int], dict[str, list[float]]], rounds: int) 
     lines = [
         "# Casting to FP8 on a CPU",
         "",
-        f"{machine()}; {datetime.now():%B %Y}. amax, scale and cast of bfloat16 to E4M3FN, one thread,",
+        f"{machine('torch')}; {datetime.now():%B %Y}. amax, scale and cast of bfloat16 to E4M3FN, one thread,",
         f"{rounds} interleaved rounds, median (quartiles) of its processor time in ms: `bench/quantize.py`.",
         "",
         "| | " + " | ".join(f"{rows} x {columns}" for rows, columns in SHAPES) + " |",
@@ -169,17 +159,6 @@ def report_steps(with_statistics: list[float], without: list[float]) -> str:
         f"{cell(with_statistics)} ms with all statistics,\n{cell(without)} without; ratio {median:.3f} "
         f"({low:.3f}-{high:.3f}; wanted: <= 1.03)."
     )
-
-
-def cell(seconds: list[float]) -> str:
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]) * 1e3
-    return f"{median:.2f} ({low:.2f}-{high:.2f})"
-
-
-def machine() -> str:
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    name = model[1] if model else platform.machine()
-    return f"{os.cpu_count()} cores of {name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from fp8core import matmul
-from fp8core.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, Fp8Format
-from fp8core.kernels import cpu, eager, mkl
+from fp8core.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Fp8Format
+from fp8core.kernels import cpu, eager
 from fp8core.kernels.eager import inverse_of_product
 from fp8core.matmul import bfloat16_mm, emulated_mm, float32_mm, scaled_mm
 
-SHAPES = [(16, 16, 16), (1, 300, 1), (3, 1023, 5), (64, 256, 128), (128, 2048, 48), (17, 4096, 33)]
+SHAPES = [(16, 16, 16), (1, 300, 1), (2, 1, 31), (3, 1023, 5), (64, 256, 128), (128, 2048, 48), (17, 4096, 33)]
 LARGE = [(257, 1023, 511), (4096, 4096, 48), (31, 48, 4096), (1021, 4093, 67), (2048, 16, 2047)]
 PAIRS = [(E4M3FN, E4M3FN), (E5M2, E4M3FN), (E5M2FNUZ, E4M3FNUZ), (E5M2, E5M2)]
 POWERS_OF_TWO, ANY = (2.0**20, 0.25), (3.7, 0.011)
-PATHS = ["float32", *(["AMX"] if mkl.available() else [])]
+PATHS = ["eager", *(() if cpu.unavailable_reason() else cpu.engines())]
 
 
 def operand(rows: int, columns: int, fmt: Fp8Format, seed: int) -> torch.Tensor:
@@ -37,11 +40,17 @@ def float64_product(a: Tensor, b: Tensor, s_a: Tensor, s_b: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The float32 GEMM of every processor, and the one on tile registers where there are."""
-    if request.param == "float32":
-        monkeypatch.setattr(mkl, "available", lambda: False)
-    return str(request.param)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each way to multiply on this machine."""
+    if request.param == "eager":
+        monkeypatch.setattr(matmul, "_operation", matmul.mm_body)
+        monkeypatch.setattr(matmul, "kernels_for", lambda _: eager)
+        yield "eager"
+    else:
+        fastest = cpu.engine()
+        cpu.use_engine(request.param)
+        yield request.param
+        cpu.use_engine(fastest)
 
 
 def assert_float32_product_is_exact(shape: tuple[int, int, int], gemm: str, fmts: tuple[Fp8Format, Fp8Format]) -> None:
@@ -151,21 +160,106 @@ def test_opposite_scales_at_their_limits_cancel() -> None:
     assert inverse_of_product(torch.tensor(2.0**126), torch.tensor(2.0**-120)).item() == 2.0**-6
 
 
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_compiled_kernels_unscale_and_round_as_torch_does(out_dtype: torch.dtype) -> None:
-    if reason := cpu.unavailable_reason():
-        pytest.skip(reason)
-    bits = torch.randint(-(1 << 31), 1 << 31, (997, 67), generator=torch.Generator().manual_seed(0))
-    product = bits.to(torch.int32).view(torch.float32)  # NaN, Inf and subnormals among them
-    product[0, :2] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # ties to even in bfloat16: down and up
+def one_by_one(values: Tensor, fmt: Fp8Format = E5M2) -> Tensor:
+    """A column of codes, whose product with a one is themselves."""
+    return values.to(getattr(torch, fmt.torch_dtype))[:, None]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_every_code_is_multiplied_as_its_value(fmt: Fp8Format, path: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, fmt.torch_dtype))
     one = torch.tensor(1.0)
 
-    for scales in ((one, one), torch.tensor(ANY), torch.tensor([2.0**126, 2.0**100]), torch.tensor([2.0**-126] * 2)):
-        ours = cpu.unscale(product.clone(), *scales, out_dtype)
-        torchs = eager.unscale(product.clone(), *scales, out_dtype)
+    for a, b in ((codes[:, None], one_by_one(torch.ones(1), fmt)), (one_by_one(torch.ones(1), fmt), codes[None, :])):
+        y = scaled_mm(a, b, one, one, out_dtype=torch.float32)
 
-        assert ours.dtype == out_dtype
-        torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(y.flatten(), codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_are_unscaled_and_rounded_once_to_the_end_of_the_range(out_dtype: torch.dtype, path: str) -> None:
+    steps = torch.arange(
+        2048.0
+    )  # digits to the base 8 by their weights; ties of bfloat16's to both sides are among them
+    a = torch.stack([steps // weight % 8 for weight in (512, 64, 8, 1)], dim=1).to(torch.float8_e4m3fn)
+    b = torch.tensor([[512.0], [64.0], [8.0], [1.0]]).to(torch.float8_e5m2)
+
+    for scales in ((1.0, 1.0), (2.0**66, 2.0**66), (2.0**60, 2.0**31), (2.0**-126, 2.0**-100), (3.7, 1.0)):
+        s_a, s_b = torch.tensor(scales)
+        y = scaled_mm(a, b, s_a, s_b, out_dtype=out_dtype)
+
+        assert torch.equal(y.flatten(), (steps * inverse_of_product(s_a, s_b)).to(out_dtype)), scales
+
+
+def test_the_dispatcher_runs_the_compiled_body_and_it_does_what_the_one_in_python_does() -> None:
+    if reason := cpu.unavailable_reason():
+        pytest.skip(reason)
+    a, b = operand(33, 70, E5M2, 0), operand(20, 70, E4M3FN, 1).t()
+    s_a, s_b = torch.tensor(ANY)
+
+    for out_dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        y = scaled_mm(a, b, s_a, s_b, out_dtype=out_dtype)
+
+        assert y.dtype == out_dtype
+        assert y.device == torch.device("cpu")
+        assert y.is_contiguous()
+        assert torch.equal(y, matmul.mm_body(a, b, s_a, s_b, out_dtype, False, False))
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fp8core::scaled_mm", "CPU") == cpu.is_registered()
+    assert cpu.is_registered() or torch.__version__ < "2.10"
+
+
+def test_two_threads_give_the_bits_of_one(path: str) -> None:
+    a, b = operand(257, 700, E4M3FN, 0), operand(700, 300, E4M3FN, 1)
+    one, threads = torch.tensor(1.0), torch.get_num_threads()
+
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(scaled_mm(a, b, one, one, out_dtype=torch.float32))
+    torch.set_num_threads(threads)
+
+    if path != "eager":  # how torch splits a float32 sum is its own matter
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"b": torch.zeros(20, 5).to(torch.float8_e5m2)}, "a has 16 columns, b 20 rows; they must be equal"),
+        ({"a": torch.zeros(8, 16)}, "a is no FP8 matrix"),
+        ({"a": torch.zeros(1, 8, 16).to(torch.float8_e5m2)}, "a is no FP8 matrix"),
+        ({"scale_b": torch.tensor(1.0, dtype=torch.float64)}, "scale_b is no float32 0-d tensor"),
+    ],
+    ids=["shapes", "dtype", "dimensions", "scale"],
+)
+def test_what_is_wrong_is_named(wrong: dict[str, Tensor], words: str) -> None:
+    if cpu.unavailable_reason() or not cpu.is_registered():
+        pytest.skip("torch's own GEMM finds other words")
+    right = {"a": operand(8, 16, E4M3FN, 0), "b": operand(16, 5, E4M3FN, 1)}
+    given = right | {"scale_a": torch.tensor(1.0), "scale_b": torch.tensor(1.0)} | wrong
+
+    with pytest.raises(RuntimeError, match=words):
+        scaled_mm(given["a"], given["b"], given["scale_a"], given["scale_b"], out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "flags", [("-march=haswell",), pytest.param((), marks=pytest.mark.slow)], ids=["AVX2", "SSE2 or NEON"]
+)
+def test_other_processors_vectors_multiply_as_exactly(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpu.unavailable_reason() or (flags and not torch.cpu._is_avx2_supported()):
+        pytest.skip("cannot be compiled or run here")
+    monkeypatch.setattr(cpu, "_FLAG_SETS", (flags,))
+    monkeypatch.setattr(cpu, "_loaded", (cpu._open(cpu.build(tmp_path)), None))
+    monkeypatch.setattr(matmul, "_operation", matmul.mm_body)
+    assert cpu.engines() == ("float32",)
+
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        for shape in ((3, 1023, 5), (64, 256, 128), (200, 800, 48)):
+            assert_float32_product_is_exact(shape, gemm, (E5M2FNUZ, E4M3FNUZ))
+            assert_bfloat16_product_is_rounded_once(shape, gemm)
 
 
 def test_padding_for_tensor_cores_changes_no_sum() -> None:

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 
 from fp8core.formats import FORMATS, Fp8Format
-from fp8core.kernels import eager
 from fp8core.records import COLUMNS
 
 INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -167,7 +166,7 @@ def scaled_mm(
 ) -> torch.Tensor:
     """a_MK @ b_KN / (scale_a * scale_b) in `out_dtype`, rounded once, for FP8 operands of any strides.
 
-    This is what torch's dispatcher calls in `register` without Python on the way.
+    Where `is_registered()`, torch's dispatcher calls the same without Python on the way.
     """
     narrow = out_dtype == torch.bfloat16
     out_MN = torch.empty(a_MK.shape[0], b_KN.shape[1], dtype=out_dtype if narrow else torch.float32)
@@ -327,7 +326,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             if _loaded is None:
                 try:
                     _loaded = _open(build()), None
-                    _register()
+                    is_registered()
                 except _UnavailableError as error:
                     _loaded = None, str(error)
     return _loaded
@@ -445,10 +444,10 @@ class _Torch(ctypes.Structure):
 
 
 @functools.cache
-def _register() -> bool:
-    """Makes cpu_operator.cpp the body of torch.ops.fp8core.scaled_mm on CPU tensors; False where torch has no say.
+def is_registered() -> bool:
+    """Whether cpu_operator.cpp is the body of torch.ops.fp8core.scaled_mm on CPU tensors; the first call makes it so.
 
-    It needs torch 2.10. Before, the operation's body in Python calls `scaled_mm`: it takes some microseconds more.
+    It needs torch 2.10. Before, the operation's body in Python calls `scaled_mm`: that takes some microseconds more.
     """
     libtorch = _libtorch()
     if libtorch is None:

@@ -10,8 +10,8 @@
 // Each operand is decoded once, into panels that lie as the innermost loop reads them. They are made of units of 32
 // bits, a float32 or two bf16 that follow each other along K; a unit is one step of the sum.
 //
-//   a  [panel of ROWS][piece of K][row][unit]       decoded from rows of codes along K
-//   b  [panel of COLUMNS][unit][column]             decoded from rows of codes along N
+//   a  [piece of K][panel of ROWS][row][unit]       decoded from rows of codes along K
+//   b  [panel of COLUMNS][piece of K][unit][column] decoded from rows of codes along N
 //
 // An operand whose codes lie the other way is transposed first, 16 x 16 bytes at a time in registers. A block of the
 // result is summed in scratch that stays in the cache, unscaled, rounded and written once. What is beyond K is zero.
@@ -25,7 +25,11 @@
 #include <optional>
 #include <type_traits>
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#define HAS_PAIRS
+#endif
+#if defined(__AVX512VBMI__) && defined(__AMX_BF16__)
+#define HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -42,9 +46,10 @@ constexpr int REGISTERS = 16;
 constexpr int COLUMNS = 2 * LANES;
 constexpr int DEPTH = 384;                     // units in a piece: a piece of b's panel is about as large as the L1 cache
 constexpr int BLOCK_M = 192, BLOCK_N = 256;    // of the result; with its panels it fits into the L2 cache
-constexpr int CODES = 32;                      // are decoded at once
+constexpr int CODES = 64;                      // are decoded at once
 constexpr int STAGE_ROWS = 48, STAGE_COLUMNS = 128;
-constexpr int64_t WORK_FOR_THREADS = 1 << 21;  // multiplications; below, one thread is faster than waking the others
+constexpr int64_t WORK_FOR_TILES = 1 << 14;    // multiplications; below, vectors are faster
+constexpr int64_t WORK_FOR_THREADS = 1 << 21;  // below, one thread is faster than waking the others
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -107,40 +112,71 @@ Rows rows_of(const Matrix& x, int64_t row, int rows, int64_t column, int columns
 
 // ------------------------------------------------------------------------------------------------- from codes to units
 
-#if defined(__AVX512BW__)
-// By a table: four registers hold the bf16 of all 128 magnitudes.
+#if defined(__AVX512VBMI__)
+// By tables in registers, of the bytes of the bf16 of all 128 magnitudes.
 class Decoder {
 public:
-    explicit Decoder(const Target& format) {
-        alignas(64) uint8_t codes[128];
-        alignas(64) uint16_t magnitudes[128];
+    explicit Decoder(const Target& format) : fnuz(format.fnuz) {
+        uint8_t codes[128], bytes[2][128];
+        uint16_t magnitudes[128];
         for (int code = 0; code < 128; ++code) codes[code] = uint8_t(code);
         decode_block(codes, magnitudes, 128, format);
-        for (int i = 0; i < 4; ++i) table[i] = _mm512_load_si512(magnitudes + 32 * i);
-        nan_code = _mm512_set1_epi16(format.fnuz ? 0x80 : -1);
+        for (int code = 0; code < 128; ++code) {
+            bytes[0][code] = uint8_t(magnitudes[code]);
+            bytes[1][code] = uint8_t(magnitudes[code] >> 8);
+        }
+        for (int half = 0; half < 2; ++half)
+            for (int part = 0; part < 2; ++part) table[half][part] = _mm512_loadu_si512(bytes[half] + 64 * part);
     }
 
-    // 32 codes of 16 bits, the upper half clear
-    __m512i operator()(__m512i codes) const {
-        const __m512i low = _mm512_permutex2var_epi16(table[0], codes, table[1]);
-        const __m512i high = _mm512_permutex2var_epi16(table[2], codes, table[3]);
-        const __mmask32 is_high = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
-        const __m512i magnitude = _mm512_mask_blend_epi16(is_high, low, high);
-        const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8);
-        const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(codes, nan_code);
-        return _mm512_mask_mov_epi16(_mm512_or_si512(magnitude, sign), is_nan, _mm512_set1_epi16(0x7FC0));
+    // 32 bf16 of the codes whose place is even by eights, and 32 of the others
+    struct Halves {
+        __m512i first, second;
+    };
+    Halves operator()(__m512i codes) const {
+        __m512i low = _mm512_permutex2var_epi8(table[0][0], codes, table[0][1]);
+        __m512i high = _mm512_permutex2var_epi8(table[1][0], codes, table[1][1]);
+        high = _mm512_or_si512(high, _mm512_and_si512(codes, _mm512_set1_epi8(-128)));
+        if (fnuz) {
+            const __mmask64 is_nan = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(-128));
+            low = _mm512_mask_mov_epi8(low, is_nan, _mm512_set1_epi8(int8_t(0xC0)));
+            high = _mm512_mask_mov_epi8(high, is_nan, _mm512_set1_epi8(0x7F));
+        }
+        return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
     }
 
-    // The first n of 32 codes, and zeros
-    __m512i operator()(const uint8_t* codes, int n) const { return (*this)(load_codes(codes, n)); }
+    // bf16 of 64 codes, in their order
+    void to_pairs(__m512i codes, Unit* out) const {
+        const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+        const Halves halves = (*this)(_mm512_permutexvar_epi64(order, codes));
+        _mm512_storeu_si512(out, halves.first);
+        _mm512_storeu_si512(out + 16, halves.second);
+    }
 
+    // Float32 of 64 codes, in their order
+    void to_floats(__m512i codes, Unit* out) const {
+        const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        const __m512i zero = _mm512_setzero_si512();
+        const Halves halves = (*this)(_mm512_permutexvar_epi32(order, codes));
+        _mm512_storeu_si512(out, _mm512_unpacklo_epi16(zero, halves.first));
+        _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(zero, halves.first));
+        _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi16(zero, halves.second));
+        _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi16(zero, halves.second));
+    }
+
+    void to_floats(const uint8_t* codes, int n, Unit* out) const { to_floats(load_codes(codes, n), out); }
+
+    // The first n of 64 codes, and zeros
     static __m512i load_codes(const uint8_t* codes, int n) {
-        const __mmask32 there = n >= CODES ? ~__mmask32(0) : (__mmask32(1) << n) - 1;
-        return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, codes));
+        return n >= 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, codes);
+    }
+    static __m256i load_32_codes(const uint8_t* codes, int n) {
+        return _mm256_maskz_loadu_epi8(n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1, codes);
     }
 
 private:
-    __m512i table[4], nan_code;
+    __m512i table[2][2];
+    bool fnuz;
 };
 #else
 class Decoder {
@@ -148,7 +184,7 @@ public:
     explicit Decoder(const Target& target) : format(target) {}
 
     // Float32 of the first n of COUNT codes, and zeros
-    template <int COUNT> void to_floats(const uint8_t* codes, int n, Unit* out) const {
+    template <int COUNT = CODES> void to_floats(const uint8_t* codes, int n, Unit* out) const {
         uint8_t padded[COUNT] = {};
         if (n < COUNT) codes = static_cast<const uint8_t*>(std::memcpy(padded, codes, size_t(n)));
         decode_block(codes, out, COUNT, format);
@@ -160,29 +196,24 @@ private:
 #endif
 
 struct Floats32 {
-    static constexpr int STEPS = 1;  // of K in a unit
+    static constexpr int STEPS = 1;   // of K in a unit
+    static constexpr int PADDED = 2;  // units of K that there are a multiple of
 
     // n codes of a row of a, with zeros up to a multiple of CODES
     static void along(const Decoder& decode, const uint8_t* codes, int n, Unit* out) {
-        for (int i = 0; i < n; i += CODES) {
-#if defined(__AVX512BW__)
-            const __m512i bf16 = decode(codes + i, n - i);
-            const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(bf16));
-            const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bf16, 1));
-            _mm512_storeu_si512(out + i, _mm512_slli_epi32(first, 16));
-            _mm512_storeu_si512(out + i + 16, _mm512_slli_epi32(second, 16));
-#else
-            decode.to_floats<CODES>(codes + i, n - i, out + i);
-#endif
-        }
+        for (int i = 0; i < n; i += CODES) decode.to_floats(codes + i, n - i, out + i);
     }
 
-    // STEPS rows of b (or as many as there are), n codes each, with zeros up to COLUMNS
-    static void across(const Decoder& decode, Rows rows, int, int n, Unit* out) {
-#if defined(__AVX512BW__)
-        along(decode, rows.codes, n, out);
+    // Two rows of b (or one and zeros), n codes each, with zeros up to COLUMNS
+    static void across(const Decoder& decode, Rows rows, int height, int n, Unit* out) {
+        const int second = height > 1 ? n : 0;
+#if defined(__AVX512VBMI__)
+        const __m256i odd = Decoder::load_32_codes(rows.codes + (second ? rows.stride : 0), second);
+        const __m256i even = Decoder::load_32_codes(rows.codes, n);
+        decode.to_floats(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1), out);
 #else
         decode.to_floats<COLUMNS>(rows.codes, n, out);
+        decode.to_floats<COLUMNS>(rows.codes + (second ? rows.stride : 0), second, out + COLUMNS);
 #endif
     }
 
@@ -197,23 +228,23 @@ struct Floats32 {
     }
 };
 
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(HAS_PAIRS) || defined(HAS_TILES)
 struct BFloat16Pairs {
-    static constexpr int STEPS = 2;
+    static constexpr int STEPS = 2, PADDED = 1;
 
     static void along(const Decoder& decode, const uint8_t* codes, int n, Unit* out) {
-        for (int i = 0; i < n; i += CODES) _mm512_storeu_si512(out + i / STEPS, decode(codes + i, n - i));
+        for (int i = 0; i < n; i += CODES) decode.to_pairs(Decoder::load_codes(codes + i, n - i), out + i / STEPS);
     }
 
     static void across(const Decoder& decode, Rows rows, int height, int n, Unit* out) {
-        const __m512i even = Decoder::load_codes(rows.codes, n);
-        const __m512i odd = Decoder::load_codes(rows.codes + (height > 1 ? rows.stride : 0), height > 1 ? n : 0);
-        const __m512i in_turns = _mm512_or_si512(even, _mm512_slli_epi16(odd, 8));
-        _mm512_storeu_si512(out, decode(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(in_turns))));
-        _mm512_storeu_si512(out + 16, decode(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(in_turns, 1))));
+        const int second = height > 1 ? n : 0;
+        const __m512i even = _mm512_cvtepu8_epi16(Decoder::load_32_codes(rows.codes, n));
+        const __m512i odd =
+            _mm512_cvtepu8_epi16(Decoder::load_32_codes(rows.codes + (second ? rows.stride : 0), second));
+        decode.to_pairs(_mm512_or_si512(even, _mm512_slli_epi16(odd, 8)), out);
     }
 
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
     static Floats add_product(Unit a, Floats b, Floats sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
     }
@@ -228,7 +259,6 @@ struct BFloat16Pairs {
 
 template <class Kind> struct Vectors : Kind {
     static constexpr int ROWS = REGISTERS == 32 ? 12 : 6;  // whose sums stay in registers
-    static constexpr int PADDED = 1;                       // what depth is a multiple of
     struct Mode {};
 
     template <int R, int V>
@@ -272,7 +302,7 @@ template <class Kind> struct Vectors : Kind {
     }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
 struct Tiles : BFloat16Pairs {
     static constexpr int SIDE = 16;  // of a tile: rows, and units in a row
     static constexpr int ROWS = 2 * SIDE;
@@ -343,30 +373,41 @@ struct Tiles : BFloat16Pairs {
 
 // ------------------------------------------------------------------------------------------------------------ unscale
 
-// To bf16, ties to even; all NaN become one, as in torch. Not by AVX512_BF16's instruction, which flushes subnormals.
+// To bf16, ties to even; all NaN become one, as in torch.
 inline Ints rounded_to_bf16(Floats y) {
     const Ints bits = bit_cast<Ints>(y);
     const Ints rounded = bits + 0x7FFF + ((bits >> 16) & 1);
     return select(Ints((bits & 0x7FFFFFFF) > 0x7F800000), Ints{} + 0x7FC00000, rounded);
 }
 
-inline void store_product(float* out, Floats y) { std::memcpy(out, &y, sizeof y); }
-inline void store_product(uint16_t* out, Floats y) {
-#if defined(__AVX512F__)  // for the portable way GCC 12 takes two instructions more
-    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bit_cast<__m512i>(rounded_to_bf16(y)), 16));
-    std::memcpy(out, &high, sizeof high);
-#else
-    store(out, rounded_to_bf16(y));
+struct ToFloat32 {
+    typedef float Out;
+    static void store(Out* out, Floats y) { std::memcpy(out, &y, sizeof y); }
+};
+
+struct ToBFloat16 {
+    typedef uint16_t Out;
+    static void store(Out* out, Floats y) { ::store(out, rounded_to_bf16(y)); }
+};
+
+#if defined(__AVX512BF16__)
+// By the instruction for it, which takes subnormals for zeros: where there are none.
+struct ToBFloat16Fast {
+    typedef uint16_t Out;
+    static void store(Out* out, Floats y) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(y);
+        std::memcpy(out, &rounded, sizeof rounded);
+    }
+};
 #endif
-}
 
 // Reads whole registers of `sum`.
-template <class Out> void unscale(const float* sum, int64_t n, float inv_scale, Out* out) {
+template <class To> void unscale(const float* sum, int64_t n, float inv_scale, typename To::Out* out) {
     const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) store_product(out + i, load<Floats>(sum + i) * inv_scale);
+    for (int64_t i = 0; i < whole; i += LANES) To::store(out + i, load<Floats>(sum + i) * inv_scale);
     if (whole == n) return;
-    Out last[LANES];
-    store_product(last, load<Floats>(sum + whole) * inv_scale);
+    typename To::Out last[LANES];
+    To::store(last, load<Floats>(sum + whole) * inv_scale);
     std::memcpy(out + whole, last, size_t(n - whole) * sizeof *out);
 }
 
@@ -417,108 +458,151 @@ template <class Body> void in_parallel(int64_t count, int threads, const Body& b
     for (int64_t i = 0; i < count; ++i) body(i, i + 1);
 }
 
-template <class Kernel, class Out>
-void multiply(const Matrix& a, const Matrix& b, float inv_scale, Out* out, int threads) {
-    constexpr int ROWS = Kernel::ROWS, STEPS = Kernel::STEPS;
-    constexpr int GROUP = STAGE_ROWS / ROWS;  // panels of a that are decoded together: whole squares to transpose
-    const int64_t M = a.rows, N = b.columns, K = a.columns;
-    const int64_t units = parts(K, STEPS), depth = parts(units, Kernel::PADDED) * Kernel::PADDED;
-    const int64_t a_row = parts(K, CODES) * CODES / STEPS;  // units of a row as `along` writes it
-    const int64_t stride = std::min<int64_t>(a_row, DEPTH), pieces = parts(a_row, DEPTH);
-    const int64_t row_panels = parts(M, ROWS), row_groups = parts(row_panels, GROUP), column_panels = parts(N, COLUMNS);
+// The operands of one product in units, by panels and pieces of K.
+template <class Kernel> class Packing {
+public:
+    static constexpr int ROWS = Kernel::ROWS, STEPS = Kernel::STEPS;
+    static constexpr int GROUP = STAGE_ROWS / ROWS * ROWS;  // rows that are decoded together: whole squares to transpose
+
+    const int64_t K, units = parts(K, STEPS), depth = parts(units, Kernel::PADDED) * Kernel::PADDED;
+    const int64_t row_units = parts(K, CODES) * CODES / STEPS;  // of a row of a as `along` writes it
+    const int64_t stride = std::min<int64_t>(row_units, DEPTH), pieces = parts(row_units, DEPTH);
+
+    Packing(const Matrix& a_codes, const Matrix& b_codes)
+        : K(a_codes.columns), a(a_codes), b(b_codes), decode_a(*a.format), decode_b(*b.format) {}
+
+    int64_t depth_of(int64_t piece) const { return std::min<int64_t>(DEPTH, depth - piece * DEPTH); }
+
+    // Rows m0 to m1 of a piece of a, [panel][row][unit].
+    void pack_a(int64_t m0, int64_t m1, int64_t piece, Unit* to) const {
+        const int64_t first = piece * DEPTH * STEPS, end = std::min(K, first + DEPTH * STEPS);
+        for (int64_t m = m0; m < m1; m += GROUP) {
+            const int rows = int(std::min<int64_t>(GROUP, m1 - m));
+            for (int64_t k = first; k < end; k += STAGE_COLUMNS) {
+                const int n = int(std::min<int64_t>(STAGE_COLUMNS, end - k));
+                Stage stage;
+                const Rows from = rows_of(a, m, rows, k, n, stage);
+                Unit* out = to + (m - m0) * stride + (k - first) / STEPS;
+                for (int r = 0; r < rows; ++r) Kernel::along(decode_a, from.codes + r * from.stride, n, out + r * stride);
+            }
+        }
+    }
+
+    // COLUMNS columns from n on of a piece of b, [unit][column].
+    void pack_b(int64_t n, int64_t piece, Unit* to) const {
+        const int columns = int(std::min<int64_t>(COLUMNS, b.columns - n));
+        const int64_t first = piece * DEPTH * STEPS, end = std::min(K, first + DEPTH * STEPS);
+        for (int64_t k = first; k < end; k += STAGE_ROWS) {
+            const int height = int(std::min<int64_t>(STAGE_ROWS, end - k));
+            Stage stage;
+            Rows from = rows_of(b, k, height, n, columns, stage);
+            for (int i = 0; i < height; i += 2, to += 2 / STEPS * COLUMNS, from.codes += 2 * from.stride)
+                Kernel::across(decode_b, from, height - i, columns, to);
+        }
+        const int64_t written = parts(K, 2) * 2 / STEPS;
+        if (end == K) std::memset(to, 0, size_t((depth - written) * COLUMNS) * sizeof(Unit));
+    }
+
+private:
+    const Matrix &a, &b;
+    const Decoder decode_a, decode_b;
+};
+
+template <class Kernel, class To>
+void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Out* out, int threads) {
+    constexpr int ROWS = Kernel::ROWS;
+    const Packing<Kernel> packing(a, b);
+    const int64_t M = a.rows, N = b.columns, stride = packing.stride, depth = packing.depth, pieces = packing.pieces;
+    const int64_t row_panels = parts(M, ROWS), column_panels = parts(N, COLUMNS);
     const int64_t block_m = std::min<int64_t>(BLOCK_M, parts(parts(M, threads), ROWS) * ROWS);
     const int64_t block_n = std::min<int64_t>(BLOCK_N, column_panels * COLUMNS);
-    const int64_t a_count = row_panels * pieces * ROWS * stride, b_count = column_panels * depth * COLUMNS;
-    const int64_t sum_count = block_m * block_n;
-    const auto bytes = [](int64_t count) { return Scratch::padded(count * 4); };
-    Scratch scratch(bytes(a_count) + bytes(b_count) + (threads == 1 ? bytes(sum_count) : 0));
-    Unit* const a_units = scratch.take<Unit>(a_count);
-    Unit* const b_units = scratch.take<Unit>(b_count);
+    const int64_t blocks_m = parts(M, block_m), blocks_n = parts(N, block_n);
 
-    in_parallel(row_groups + column_panels, threads, [&](int64_t first, int64_t end) {
-        Stage stage;
-        const Decoder decode_a(*a.format), decode_b(*b.format);
-        for (int64_t group = first; group < std::min(end, row_groups); ++group) {
-            const int64_t m0 = group * GROUP * ROWS;
-            const int rows = int(std::min<int64_t>(GROUP * ROWS, M - m0));
-            for (int64_t k = 0; k < K; k += STAGE_COLUMNS) {
-                const int n = int(std::min<int64_t>(STAGE_COLUMNS, K - k));
-                const int64_t piece = k / STEPS / DEPTH, unit = k / STEPS % DEPTH;
-                const Rows from = rows_of(a, m0, rows, k, n, stage);
-                for (int r = 0; r < rows; ++r) {
-                    const int64_t panel = (m0 + r) / ROWS, row = (m0 + r) % ROWS;
-                    Unit* to = a_units + ((panel * pieces + piece) * ROWS + row) * stride + unit;
-                    Kernel::along(decode_a, from.codes + r * from.stride, n, to);
+    // What several blocks read is decoded once for all; what only one reads, by that one, and stays in the cache.
+    const bool a_is_shared = blocks_n > 1, b_is_shared = blocks_m > 1;
+    const int64_t padded_m = row_panels * ROWS;
+    const int64_t a_count = (a_is_shared ? padded_m * pieces : block_m) * stride;
+    const int64_t b_count = (b_is_shared ? column_panels * depth : std::min<int64_t>(depth, DEPTH)) * COLUMNS;
+    const auto bytes = [](int64_t count) { return Scratch::padded(count * 4); };
+    std::optional<Scratch> shared;
+    Unit *shared_a = nullptr, *shared_b = nullptr;
+    if (a_is_shared || b_is_shared) {
+        shared.emplace((a_is_shared ? bytes(a_count) : 0) + (b_is_shared ? bytes(b_count) : 0));
+        if (a_is_shared) shared_a = shared->take<Unit>(a_count);
+        if (b_is_shared) shared_b = shared->take<Unit>(b_count);
+        constexpr int GROUP = Packing<Kernel>::GROUP;
+        const int64_t a_parts = a_is_shared ? parts(M, GROUP) * pieces : 0;
+        const int64_t b_parts = b_is_shared ? column_panels * pieces : 0;
+        in_parallel(a_parts + b_parts, threads, [&](int64_t first, int64_t end) {
+            for (int64_t part = first; part < end; ++part) {
+                if (part < a_parts) {
+                    const int64_t m = part / pieces * GROUP, piece = part % pieces;
+                    packing.pack_a(m, std::min(M, m + GROUP), piece, shared_a + (piece * padded_m + m) * stride);
+                } else {
+                    const int64_t panel = (part - a_parts) / pieces, piece = (part - a_parts) % pieces;
+                    packing.pack_b(panel * COLUMNS, piece, shared_b + (panel * depth + piece * DEPTH) * COLUMNS);
                 }
             }
-        }
-        for (int64_t panel = std::max(first, row_groups) - row_groups; panel < end - row_groups; ++panel) {
-            const int columns = int(std::min<int64_t>(COLUMNS, N - panel * COLUMNS));
-            Unit* to = b_units + panel * depth * COLUMNS;
-            for (int64_t k = 0; k < K; k += STAGE_ROWS) {
-                const int height = int(std::min<int64_t>(STAGE_ROWS, K - k));
-                Rows from = rows_of(b, k, height, panel * COLUMNS, columns, stage);
-                for (int i = 0; i < height; i += STEPS, to += COLUMNS, from.codes += STEPS * from.stride)
-                    Kernel::across(decode_b, from, height - i, columns, to);
-            }
-            std::memset(to, 0, size_t((depth - units) * COLUMNS) * sizeof(Unit));
-        }
-    });
+        });
+    }
 
-    const int64_t blocks_m = parts(M, block_m), blocks_n = parts(N, block_n);
-    float* const shared_sum = threads == 1 ? scratch.take<float>(sum_count) : nullptr;
     in_parallel(blocks_m * blocks_n, threads, [&](int64_t first, int64_t end) {
         const DefaultFloatMode float_mode;
         [[maybe_unused]] const typename Kernel::Mode mode;
-        std::optional<Scratch> own;
-        if (!shared_sum) own.emplace(bytes(sum_count));
-        float* const sum = shared_sum ? shared_sum : own->take<float>(sum_count);
+        Scratch own((a_is_shared ? 0 : bytes(a_count)) + (b_is_shared ? 0 : bytes(b_count)) + bytes(block_m * block_n));
+        Unit* const own_a = a_is_shared ? nullptr : own.take<Unit>(a_count);
+        Unit* const own_b = b_is_shared ? nullptr : own.take<Unit>(b_count);
+        float* const sum = own.take<float>(block_m * block_n);
         for (int64_t block = first; block < end; ++block) {
             const int64_t m0 = block % blocks_m * block_m, m1 = std::min(M, m0 + block_m);
             const int64_t n0 = block / blocks_m * block_n, n1 = std::min(N, n0 + block_n);
             for (int64_t piece = 0; piece < pieces; ++piece) {
-                const int64_t piece_depth = std::min<int64_t>(DEPTH, depth - piece * DEPTH);
+                const Unit* const a_piece = a_is_shared ? shared_a + (piece * padded_m + m0) * stride : own_a;
+                if (!a_is_shared) packing.pack_a(m0, m1, piece, own_a);
                 for (int64_t n = n0; n < n1; n += COLUMNS) {
-                    const Unit* b_panel = b_units + (n / COLUMNS * depth + piece * DEPTH) * COLUMNS;
-                    for (int64_t m = m0; m < m1; m += ROWS) {
-                        const Unit* a_panel = a_units + (m / ROWS * pieces + piece) * ROWS * stride;
-                        Kernel::multiply(a_panel, stride, b_panel, piece_depth, sum + (m - m0) * block_n + n - n0,
-                                         block_n, int(std::min<int64_t>(ROWS, m1 - m)),
-                                         int(std::min<int64_t>(COLUMNS, n1 - n)), piece > 0);
-                    }
+                    const Unit* const b_piece =
+                        b_is_shared ? shared_b + (n / COLUMNS * depth + piece * DEPTH) * COLUMNS : own_b;
+                    if (!b_is_shared) packing.pack_b(n, piece, own_b);
+                    for (int64_t m = m0; m < m1; m += ROWS)
+                        Kernel::multiply(a_piece + (m - m0) * stride, stride, b_piece, packing.depth_of(piece),
+                                         sum + (m - m0) * block_n + n - n0, block_n,
+                                         int(std::min<int64_t>(ROWS, m1 - m)), int(std::min<int64_t>(COLUMNS, n1 - n)),
+                                         piece > 0);
                 }
             }
-            for (int64_t m = m0; m < m1; ++m) unscale(sum + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
+            for (int64_t m = m0; m < m1; ++m) unscale<To>(sum + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
         }
     });
 }
 
-template <class Out>
-void multiply_with(Engine engine, const Matrix& a, const Matrix& b, float inv_scale, Out* out, int threads) {
+template <class To> void multiply_with(Engine engine, const Matrix& a, const Matrix& b, float inv_scale, void* result, int threads) {
+    const auto out = static_cast<typename To::Out*>(result);
     if (a.rows * b.columns == 0) return;
     if (a.columns == 0) {
         std::memset(out, 0, size_t(a.rows * b.columns) * sizeof *out);
         return;
     }
-    if (a.rows * b.columns * a.columns < WORK_FOR_THREADS) threads = 1;
-#if defined(__AMX_BF16__)
-    if (engine == TILES) return multiply<Tiles>(a, b, inv_scale, out, threads);
+    const int64_t work = a.rows * b.columns * a.columns;
+    if (work < WORK_FOR_THREADS) threads = 1;
+    if (engine == TILES && work < WORK_FOR_TILES) engine = FLOATS;
+#if defined(HAS_TILES)
+    if (engine == TILES) return multiply<Tiles, To>(a, b, inv_scale, out, threads);
 #endif
-#if defined(__AVX512BF16__)
-    if (engine == PAIRS) return multiply<Vectors<BFloat16Pairs>>(a, b, inv_scale, out, threads);
+#if defined(HAS_PAIRS)
+    if (engine == PAIRS) return multiply<Vectors<BFloat16Pairs>, To>(a, b, inv_scale, out, threads);
 #endif
-    multiply<Vectors<Floats32>>(a, b, inv_scale, out, threads);
+    multiply<Vectors<Floats32>, To>(a, b, inv_scale, out, threads);
 }
 
 }  // namespace
 
 bool can_use(Engine engine) {
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux's ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
     static const bool permitted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
     if (engine == TILES) return permitted;
 #endif
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
     if (engine == PAIRS) return true;
 #endif
     return engine == FLOATS;
@@ -526,7 +610,7 @@ bool can_use(Engine engine) {
 
 Engine fastest_engine() {
     if (can_use(TILES)) return TILES;
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
     // AMD's multiply pairs in the time of floats; Intel's take twice as long, so that floats are faster.
     if (__builtin_cpu_is("amd")) return PAIRS;
 #endif
@@ -537,8 +621,10 @@ void scaled_mm(const Matrix& a, const Matrix& b, float scale_a, float scale_b, v
                int threads) {
     const double exact = 1.0 / (double(scale_a) * double(scale_b));
     const float inv_scale = exact > double(FLT_MAX) ? FLT_MAX : float(exact);
-    if (narrow)
-        multiply_with(engine, a, b, inv_scale, static_cast<uint16_t*>(out), threads);
-    else
-        multiply_with(engine, a, b, inv_scale, static_cast<float*>(out), threads);
+    if (!narrow) return multiply_with<ToFloat32>(engine, a, b, inv_scale, out, threads);
+#if defined(__AVX512BF16__)
+    // Sums are multiples of 2^-34, the product of the smallest subnormals of E5M2FNUZ.
+    if (inv_scale >= 0x1p-92f) return multiply_with<ToBFloat16Fast>(engine, a, b, inv_scale, out, threads);
+#endif
+    multiply_with<ToBFloat16>(engine, a, b, inv_scale, out, threads);
 }

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fp8core.device_scaling import amax_scale
 from fp8core.formats import Fp8Format
-from fp8core.kernels import eager
 from fp8core.kernels import triton_jit as jit
 from fp8core.records import COLUMNS
 

@@ -1,0 +1,34 @@
+"""What every script here needs to say a figure: on which machine it was measured, and how far it spread."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+
+def machine(*packages: str) -> str:
+    """The cores that we may use, the processor, Python's version and those of `packages`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    versions = (f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in packages))
+    return f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else platform.machine()}, {', '.join(versions)}"
+
+
+def cell(seconds: Sequence[float]) -> str:
+    """The median and the quartiles, in ms."""
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]) * 1e3
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"
+
+
+def keep_freed_memory() -> None:
+    """glibc's malloc neither maps large blocks by themselves nor gives memory back from now on: no page faults."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h's names for them
+    for option in (trim_threshold, mmap_threshold):
+        ctypes.CDLL(None).mallopt(option, 1 << 30)
