@@ -33,7 +33,6 @@ import gc
 import json
 import logging
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -50,6 +49,7 @@ from torch import Tensor, nn
 import fp8core
 import fp8scope_agent as fp8scope
 from fp8core.formats import E4M3FN, E5M2, Fp8Format
+from measured import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_gpt import Gpt, batches, standard_library_bytes
@@ -355,7 +355,7 @@ def publish(batch: int, lines: list[dict[str, object]], calls: dict[str, object]
     table = {line["variant"]: line for line in old.get("table", [])} | {str(line["variant"]): line for line in lines}
     gpt = {"layers": LAYERS, "width": WIDTH, "context": CONTEXT, "batch": batch, "slots": 12 * LAYERS}
     result = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, one training thread",
+        "machine": machine("torch") + ", one training thread",
         "gpt": gpt,
         "table": list(table.values()),
         **{name: old[name] for name in (CALLS, SHORT) if name in old},

@@ -20,8 +20,6 @@ import argparse
 import datetime
 import json
 import logging
-import os
-import platform
 import resource
 import signal
 import socket
@@ -35,6 +33,8 @@ from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
+
+from measured import machine
 
 TROUBLES = ("none", "absent", "hung", "slow", "flapping", "full disk")
 WARM_UP = 500  # steps until memory counts: rings, buffers and lists have their sizes by then
@@ -183,7 +183,7 @@ def main() -> None:
             print(f"{trouble:10}", json.dumps(report[trouble]), flush=True)
     if not arguments.only and arguments.steps >= 2000:
         result = {
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}; {SLOTS} slots, a step of about 20 ms",
+            "machine": f"{machine('torch')}; {SLOTS} slots, a step of about 20 ms",
             "month": datetime.datetime.now(datetime.UTC).strftime("%Y-%m"),
             "steps": arguments.steps,
             "troubles": report,

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -33,6 +32,8 @@ from typing import Any
 
 import numpy as np
 from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwright
+
+from measured import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 from large_run import LAYERS, Recording
@@ -356,11 +357,6 @@ def report(found: dict[str, Any]) -> str:
         lines += ["", "| the run's page, while the run grows by a step a second | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in facts.items()]
     return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return f"{os.cpu_count()} cores, {found[1] if found else platform.processor()}"
 
 
 if __name__ == "__main__":

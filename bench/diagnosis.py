@@ -46,6 +46,7 @@ from fp8scope_collector.storage.readmodels import Slot
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 from live_faults import program, said
+from measured import machine
 from recordings import Job
 
 SLOTS, STEPS, NEW = 1680, 512, 8
@@ -248,7 +249,7 @@ def main() -> None:
             found = saturated(options.rounds, options.seconds)
         else:
             found = evaluation() if part == "evaluation" else {"delay_s": {rate: pace(rate) for rate in RATES}}
-        results[part] = found | {"machine": ingest.machine(), "month": f"{datetime.now():%B %Y}"}
+        results[part] = found | {"machine": machine(), "month": f"{datetime.now():%B %Y}"}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(page(results))
     print(page(results))

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from fp8scope_collector.storage.reader import Reader
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 from ingest_peers import compared
+from measured import machine
 
 Meanwhile: TypeAlias = Callable[[str], contextlib.AbstractContextManager[object]]
 ROWS = 1680
@@ -315,14 +315,6 @@ def batch(
         columns_crc32=zlib.crc32(packed),
         columns=compressor.compress(packed),
     )
-
-
-def machine() -> str:
-    """The processor and the versions that matter."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores of {model[1] if model else platform.machine()}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

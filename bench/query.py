@@ -32,7 +32,7 @@ from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.writer import StatsWriter
-from ingest import machine
+from measured import machine
 
 SLOTS = 1680
 ROLES = ("input", "weight", "grad_output")

@@ -1,8 +1,8 @@
 """Casts with statistics and GEMMs on a CPU, by cpu*.cpp: compiled on first use in seconds, cached, called by ctypes.
 
-The functions on tensors of any shape are those of every kernel module (eager, triton): device-side work only, payload and integer counters
+Casts and counts are those of every kernel module (eager, triton): device-side work only, payload and integer counters
 identical on all paths. Inputs may be bfloat16, float16 or float32, of any strides (others are made contiguous first);
-outputs are contiguous.
+outputs are contiguous. The GEMM is for CPUs alone.
 
 `unavailable_reason()` says why this machine cannot use them, usually that it has no C++ compiler; the eager path then
 does the same work. Calls release the GIL and use `torch.get_num_threads()` threads. Rows are merged under a
