@@ -33,8 +33,8 @@ sys.path[:0] = [str(ROOT / "examples")]
 
 from fp8scope_collector.storage.reader import Reader  # noqa: E402
 from fp8scope_collector.storage.readmodels import StoredFinding  # noqa: E402
-from ingest import machine  # noqa: E402
 from inject_fault import FAULTS, Spec  # noqa: E402
+from measured import machine  # noqa: E402
 
 AFTER = 40  # steps that are trained after the fault, if it is not found before
 PATIENCE_S = 60.0
