@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp8core import matmul
 from fp8core.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Fp8Format
-from fp8core.kernels import cpu, eager
+from fp8core.kernels import cpu, cpu_build, eager
 from fp8core.kernels.eager import inverse_of_product
 from fp8core.matmul import bfloat16_mm, emulated_mm, float32_mm, scaled_mm
 
@@ -251,8 +251,8 @@ def test_other_processors_vectors_multiply_as_exactly(
 ) -> None:
     if cpu.unavailable_reason() or (flags and not torch.cpu._is_avx2_supported()):
         pytest.skip("cannot be compiled or run here")
-    monkeypatch.setattr(cpu, "_FLAG_SETS", (flags,))
-    monkeypatch.setattr(cpu, "_loaded", (cpu._open(cpu.build(tmp_path)), None))
+    monkeypatch.setattr(cpu_build, "_FLAG_SETS", (flags,))
+    monkeypatch.setattr(cpu, "_loaded", (cpu._open(cpu_build.build(tmp_path)), None))
     monkeypatch.setattr(matmul, "_operation", matmul.mm_body)
     assert cpu.engines() == ("float32",)
 

@@ -1,8 +1,8 @@
 // FP8 casts with statistics on a CPU: the whole of fp8core's hot path where there is no GPU.
 //
-// cpu.py compiles this file and its neighbours with the system's compiler on first use and calls them through ctypes: no
-// torch headers, no ABI to match, one library for every shape. The compiler writes the vector instructions: the code
-// below is in GCC's portable vector types, which become AVX-512, AVX2 or NEON, whatever -march=native says.
+// cpu_build.py compiles this file and its neighbours with the system's compiler on first use, cpu.py calls them through
+// ctypes: no torch headers, no ABI to match, one library for every shape. The compiler writes the vector instructions:
+// the code below is in GCC's portable vector types, which become AVX-512, AVX2 or NEON, whatever -march=native says.
 //
 // A tensor goes through in blocks of BLOCK elements that stay in the L1 cache, three passes each, every pass in
 // the narrowest lanes that hold what it counts:

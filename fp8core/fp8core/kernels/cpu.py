@@ -1,4 +1,4 @@
-"""Casts with statistics and GEMMs on a CPU, by cpu*.cpp: compiled on first use in seconds, cached, called by ctypes.
+"""Casts with statistics and GEMMs on a CPU, by cpu*.cpp, which cpu_build.py compiles, called by ctypes.
 
 Casts and counts are those of every kernel module (eager, triton): device-side work only, payload and integer counters
 identical on all paths. Inputs may be bfloat16, float16 or float32, of any strides (others are made contiguous first);
@@ -14,19 +14,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 from pathlib import Path
 
 import torch
 
 from fp8core.formats import FORMATS, Fp8Format
+from fp8core.kernels.cpu_build import UnavailableError, build
 from fp8core.records import COLUMNS
 
 INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,12 +36,6 @@ assert COLUMNS == _ROW, "cpu.cpp's struct Row and records.COLUMNS differ"
 # What a GEMM can compute with, as cpu_gemm.h's `Engine` numbers it.
 ENGINES = ("float32", "bfloat16 (AVX512_BF16)", "bfloat16 on AMX")
 
-_SOURCES = tuple(Path(__file__).with_name(f"cpu{part}.cpp") for part in ("", "_gemm", "_operator"))
-_HEADERS = tuple(Path(__file__).with_name(f"cpu_{part}.h") for part in ("vectors", "gemm"))
-# Contracting x * scale + c into one rounding would break the rounding to FP8.
-_COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
-_FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
-_COMPILE_DEADLINE_S = 120.0
 _NO_SCALE = 1  # cpu.cpp's `Outcome`
 # Below this one thread is faster than waking the others.
 _ELEMENTS_FOR_THREADS = 1 << 16
@@ -300,11 +289,7 @@ def _format_by_dtype() -> dict[torch.dtype, Fp8Format]:
     return {getattr(torch, fmt.torch_dtype): fmt for fmt in FORMATS.values()}
 
 
-# ----------------------------------------------------------------------------------------------- building and loading
-
-
-class _UnavailableError(Exception):
-    """The library cannot be built or loaded here; the message says why."""
+# ------------------------------------------------------------------------------------------------------------- loading
 
 
 _load_lock = threading.Lock()
@@ -327,81 +312,16 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
                 try:
                     _loaded = _open(build()), None
                     is_registered()
-                except _UnavailableError as error:
+                except UnavailableError as error:
                     _loaded = None, str(error)
     return _loaded
-
-
-def build(cache_dir: Path | None = None, compiler: str | None = None) -> Path:
-    """The compiled library's path, compiling it unless it is cached.
-
-    The name carries a hash of the source, the flags, the compiler and the processor, so that a cache on a shared
-    home serves different machines. Several processes may build at once: each renames its own file into place.
-    """
-    cache_dir = cache_dir or _user_cache() / "fp8scope" / "kernels"
-    compiler = compiler or _find_compiler()
-    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
-    reasons = []
-    for extra in _FLAG_SETS:
-        flags = (*_COMMON_FLAGS, *extra)
-        key = hashlib.sha256(repr((sources, flags, compiler, _processor())).encode()).hexdigest()[:20]
-        library = cache_dir / f"cpu-{key}.so"
-        if library.exists():
-            return library
-        failure = _compile(compiler, flags, library)
-        if failure is None:
-            return library
-        reasons.append(failure)
-    raise _UnavailableError(f"{compiler} did not compile the CPU kernels: {reasons[-1]}")
-
-
-def _user_cache() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:
-        raise _UnavailableError(f"no place for the compiled CPU kernels: {error} Set XDG_CACHE_HOME") from None
-
-
-def _find_compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise _UnavailableError("no C++ compiler: install g++ (or set CXX) for casts that are many times faster")
-
-
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None:
-    """Compiles to `library`; returns the compiler's first complaint, or None when it worked."""
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
-            built = Path(scratch) / library.name
-            command = [compiler, *flags, *map(str, _SOURCES), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_DEADLINE_S, check=False)
-            if done.returncode != 0:
-                return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
-            built.replace(library)
-    except subprocess.TimeoutExpired:
-        return f"it took more than {_COMPILE_DEADLINE_S:.0f} s"
-    except OSError as error:
-        raise _UnavailableError(f"cannot write the compiled CPU kernels: {error}; set XDG_CACHE_HOME") from None
-    return None
-
-
-def _processor() -> str:
-    """What -march=native depends on: the processor's model and features, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return "\n".join([platform.machine(), *told])
 
 
 def _open(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise _UnavailableError(
+        raise UnavailableError(
             f"cannot load the compiled CPU kernels: {error}; delete the file to have it built anew"
         ) from None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

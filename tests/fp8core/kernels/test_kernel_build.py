@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fp8core.formats import E4M3FN
-from fp8core.kernels import cpu
+from fp8core.kernels import cpu, cpu_build
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -49,15 +49,15 @@ def test_flags_that_the_compiler_refuses_are_left_out_and_nothing_is_compiled_tw
     )
     compiler = compiler_script(tmp_path, refuse_native)
 
-    built = cpu.build(tmp_path / "cache", compiler)
+    built = cpu_build.build(tmp_path / "cache", compiler)
 
     monkeypatch.setattr(cpu, "_loaded", (cpu._open(built), None))
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     q, _ = cpu.cast(x, torch.tensor(64.0), E4M3FN)
     assert (q.view(torch.uint8).numpy() == expected_codes(x, 64.0, E4M3FN)).all()
     compiler_script(tmp_path, "exit 1")
-    monkeypatch.setattr(cpu, "_FLAG_SETS", (("-fopenmp",),))
-    assert cpu.build(tmp_path / "cache", compiler) == built
+    monkeypatch.setattr(cpu_build, "_FLAG_SETS", (("-fopenmp",),))
+    assert cpu_build.build(tmp_path / "cache", compiler) == built
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch, not_loaded):
@@ -91,7 +91,7 @@ def test_the_wheel_carries_the_sources(tmp_path):
     subprocess.run([*command, str(REPOSITORY / "fp8core")], check=True, capture_output=True, timeout=60)
 
     (wheel,) = tmp_path.iterdir()
-    sources = {f"fp8core/kernels/{path.name}" for path in (*cpu._SOURCES, *cpu._HEADERS)}
+    sources = {f"fp8core/kernels/{path.name}" for path in (*cpu_build.SOURCES, *cpu_build.HEADERS)}
     assert sources <= set(zipfile.ZipFile(wheel).namelist())
 
 
