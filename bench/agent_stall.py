@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -58,15 +59,15 @@ def train(address: str, spool: str, steps: int, full_bytes: int) -> dict[str, fl
         resource.setrlimit(resource.RLIMIT_FSIZE, (full_bytes, resource.RLIM_INFINITY))
     model = fp8core.convert_to_fp8(nn.Sequential(*(nn.Linear(16, 16) for _ in range(SLOTS // 3))))
     x_BK = torch.randn(16, 16)
-    times_ms, resident_kb = [], []
+    times_ms, resident_kb = (array("d", [0.0]) * steps for _ in range(2))  # whole from the start: growth is the agent's
     monitor = fp8scope.attach(model, run="stall", collector=address, spool_dir=spool)
-    for _ in range(steps):
+    for step in range(steps):
         loss = model(x_BK).square().mean()
         torch.autograd.backward(loss)
         began = time.perf_counter()
         monitor.step(loss=loss)
-        times_ms.append(1e3 * (time.perf_counter() - began))
-        resident_kb.append(_resident_kb())
+        times_ms[step] = 1e3 * (time.perf_counter() - began)
+        resident_kb[step] = _resident_kb()
         time.sleep(PAUSE_S)
     began = time.perf_counter()
     monitor.close()

@@ -23,7 +23,7 @@ WEIGHTS = range(1, SLOTS, 3)
 def job(
     tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Iterator[tuple[dict[tuple[str, int], Source], list[Any]]]:
-    """What the collector has of each (scenario, rank), and the losses that each rank printed."""
+    """What the collector has of each (scenario, rank), and the losses that each rank wrote."""
     folder = tmp_path_factory.mktemp("job")
     collector = FakeCollector()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FP8SCOPE_SPOOL_DIR": str(folder / "spool")}

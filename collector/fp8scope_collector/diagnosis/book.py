@@ -221,11 +221,10 @@ class Book:
         if not rows:
             return
         table = schema.finding
-        names = {f"b_{column.name}": column.name for column in table.columns}
         ending = sa.bindparam("b_ending", type_=sa.Text)
         statement = sa.update(table).where(table.c.id == sa.bindparam("b_id"))
         statement = statement.values(
-            **{names[bound]: sa.bindparam(bound) for bound in rows[0] if bound not in ("b_id", "b_ending", "b_now")},
+            **{name[2:]: sa.bindparam(name) for name in rows[0] if name not in ("b_id", "b_ending", "b_now")},
             ending=ending,
             updated_unix_ns=sa.bindparam("b_now", type_=sa.BigInteger),
             closed_unix_ns=sa.case((ending.is_(None), None), else_=table.c.closed_unix_ns),
