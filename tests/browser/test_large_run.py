@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from fp8scope_dashboard.component.assets import addresses
 from large_run import BROKEN, LAYERS, Recording
 
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --no-first-run"
@@ -183,6 +184,36 @@ def test_a_run_grows_under_a_zoom_that_stays_and_what_is_seen_is_downloaded(
     assert {row["role"] for row in rows} == {"weight"}
     assert len({row["layer"] for row in rows}) == len(LAYERS)
     assert min(int(row["step"]) for row in rows) <= first
+
+
+def test_a_chart_that_is_left_while_it_is_being_drawn_is_no_error(profile: BrowserContext, server: str) -> None:
+    page = profile.new_page()
+    page.goto(f"{server}/?run=large")
+    drawn(page)
+
+    page.evaluate(
+        """async (assets) => {
+            const { mount } = await import(new URL(assets["panel.js"], document.baseURI).href);
+            const parentElement = document.body.appendChild(document.createElement("div"));
+            const figure = { traces: [{ y: [1, 2, 3] }], layout: { title: { text: "left" } } };
+            const frame = { height: 300, figure, view: null };
+            const data = { kind: "chart", version: "1", base: null, arrays: {}, frame: { is: frame } };
+            const { react } = window.Plotly;
+            const begun = new Promise((begin) => {
+                window.Plotly.react = (...what) => {
+                    const drawing = react(...what);
+                    begin([drawing]);
+                    return drawing;
+                };
+            });
+            const leave = await mount({ data, parentElement, setTriggerValue() {} }, assets);
+            const [drawing] = await begun;
+            parentElement.remove();
+            leave();
+            await drawing;
+        }""",
+        addresses(),
+    )
 
 
 @pytest.mark.slow

@@ -27,8 +27,7 @@ export async function mount(component, assets) {
   else renderParts(state, data);
   return () => {
     if (!parentElement.isConnected && state.plot) {
-      state.observer.disconnect();
-      if (window.Plotly) window.Plotly.purge(state.plot);
+      state.observer.disconnect();  // and no Plotly.purge: it breaks a chart that is still being drawn, and frees no more
       states.delete(parentElement);
       state.root.remove();
     }
