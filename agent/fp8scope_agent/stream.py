@@ -37,7 +37,7 @@ class Timing:
     heartbeat_s: float = 5.0  # after this long without a message
     opened_s: float = 10.0  # for the answer to Open
     acked_s: float = 2.0  # for any answer while something is unacknowledged; collectors repeat themselves
-    turn_s: float = 6.0  # for any word while nothing is under way and the turn does not come
+    turn_s: float = 4.0  # for any word while nothing is under way and the turn does not come
     drain_s: float = 2.0  # for the last acks of a server that goes down
 
 
