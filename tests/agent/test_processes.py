@@ -38,6 +38,15 @@ def train(monitor, steps, pause_s=0.0):
         monitor.step(loss=loss)
         time.sleep(pause_s)
 
+def recorded(monitor, steps):  # waits: the ring has room for 16, whatever else this machine does
+    while monitor.snapshot().rows_recorded < 3 * steps:
+        time.sleep(0.001)
+
+def train_losing_none(monitor, steps, pause_s=0.0):
+    for number in range(10, steps + 1, 10):
+        train(monitor, 10, pause_s)
+        recorded(monitor, number)
+
 def say(text):
     print(text, flush=True)
 """
@@ -110,9 +119,7 @@ def test_a_killed_trainer_loses_nothing_that_was_spooled(
         collector.address,
         """
 monitor = fp8scope.attach(model, run="run")
-train(monitor, 40, pause_s=0.001)
-while monitor.snapshot().rows_recorded < 120:
-    time.sleep(0.01)
+train_losing_none(monitor, 40)
 say("recorded")
 train(monitor, 1000000)
 """,
@@ -141,7 +148,7 @@ def test_a_killed_sender_is_started_again_and_every_row_arrives_once(
         """
 with fp8scope.attach(model, run="run") as monitor:
     say("go")
-    train(monitor, 300, pause_s=0.01)
+    train_losing_none(monitor, 300, pause_s=0.01)
     monitor.close(timeout_s=20)
 say("sent %d dropped %s" % (monitor.snapshot().rows_sent, monitor.snapshot().rows_dropped))
 """,
@@ -190,12 +197,14 @@ def hook(event, arguments):
 
 sys.addaudithook(hook)
 monitor = fp8scope.attach(model, run="run")
-for _ in range(50):
+for step in range(50):
     loss = model(torch.randn(4, 16)).square().mean()
     loss.backward()
     inside = True
     monitor.step(loss=loss)
     inside = False
+    if step % 10 == 9:
+        recorded(monitor, step + 1)
 say("caught %s" % sorted(set(caught)))
 """,
     )
@@ -296,6 +305,7 @@ with fp8scope.attach(model, run="run") as monitor:
         for batch in DataLoader(Data(), batch_size=16, num_workers=2, multiprocessing_context="fork"):
             model(batch).square().mean().backward()
             monitor.step(loss=1.0)
+    recorded(monitor, 16)
     children = []
     for index in range(20):
         pid = os.fork()
@@ -307,6 +317,8 @@ with fp8scope.attach(model, run="run") as monitor:
             os._exit(0)
         children.append(pid)
         train(monitor, 1)
+        if index % 10 == 9:
+            recorded(monitor, 17 + index)
     say(str([os.waitpid(pid, 0)[1] for pid in children]))
 """,
     )
