@@ -46,6 +46,7 @@ constexpr int REGISTERS = 16;
 constexpr int COLUMNS = 2 * LANES;
 constexpr int DEPTH = 384;                     // units in a piece: a piece of b's panel is about as large as the L1 cache
 constexpr int BLOCK_M = 192, BLOCK_N = 256;    // of the result; with its panels it fits into the L2 cache
+constexpr int SHALLOW = 32;                    // units of K, up to which writing the result is most of the work
 constexpr int CODES = 64;                      // are decoded at once
 constexpr int STAGE_ROWS = 48, STAGE_COLUMNS = 128;
 constexpr int64_t WORK_FOR_TILES = 1 << 14;    // multiplications; below, vectors are faster
@@ -252,125 +253,6 @@ struct BFloat16Pairs {
 };
 #endif
 
-// ------------------------------------------------------------------------------------------------- the innermost loop
-//
-// sum[rows][columns] = a[rows][depth] @ b[depth][COLUMNS], in units; with `add` that is added to what is there. Up to
-// ROWS and COLUMNS are written: sum has the room.
-
-template <class Kind> struct Vectors : Kind {
-    static constexpr int ROWS = REGISTERS == 32 ? 12 : 6;  // whose sums stay in registers
-    struct Mode {};
-
-    template <int R, int V>
-    static void sum_in_registers(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, float* sum,
-                                 int64_t sum_stride, bool add) {
-        Floats total[R][V];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) total[r][v] = add ? load<Floats>(sum + r * sum_stride + v * LANES) : Floats{};
-        for (int64_t k = 0; k < depth; ++k) {
-            Floats b_row[V];
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) b_row[v] = load<Floats>(b + k * COLUMNS + v * LANES);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-                for (int v = 0; v < V; ++v) total[r][v] = Kind::add_product(a[r * a_stride + k], b_row[v], total[r][v]);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) std::memcpy(sum + r * sum_stride + v * LANES, &total[r][v], sizeof(Floats));
-    }
-
-    static void multiply(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, float* sum, int64_t sum_stride,
-                         int rows, int columns, bool add) {
-        const auto run = [&](auto narrow) {
-            constexpr int V = decltype(narrow)::value ? 1 : 2;
-            const auto sum_of = rows > 8   ? sum_in_registers<ROWS, V>
-                                : rows > 4 ? sum_in_registers<(ROWS < 8 ? ROWS : 8), V>
-                                : rows > 2 ? sum_in_registers<4, V>
-                                : rows > 1 ? sum_in_registers<2, V>
-                                           : sum_in_registers<1, V>;
-            sum_of(a, a_stride, b, depth, sum, sum_stride, add);
-        };
-        if (columns > LANES)
-            run(std::false_type());
-        else
-            run(std::true_type());
-    }
-};
-
-#if defined(HAS_TILES)
-struct Tiles : BFloat16Pairs {
-    static constexpr int SIDE = 16;  // of a tile: rows, and units in a row
-    static constexpr int ROWS = 2 * SIDE;
-    static constexpr int PADDED = SIDE;
-    static_assert(COLUMNS == 2 * SIDE, "two tiles side by side");
-
-    struct Mode {  // the tile registers are whole tiles while this lives
-        Mode() {
-            struct alignas(64) {
-                uint8_t palette = 1, start_row = 0, reserved[14] = {};
-                uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-            } shape;
-            _tile_loadconfig(&shape);
-        }
-        ~Mode() { _tile_release(); }
-    };
-
-    // Tiles 0 to 3 are the sums, 4 and 5 those of a, 6 and 7 those of b.
-    template <bool TALL, bool WIDE>
-    static void sum_in_tiles(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, float* sum,
-                             int64_t sum_stride, bool add) {
-        const int64_t a_bytes = a_stride * 4, sum_bytes = sum_stride * 4;
-        const Unit* const a_below = a + SIDE * a_stride;
-        float* const sum_below = sum + SIDE * sum_stride;
-        if (add) {
-            _tile_loadd(0, sum, sum_bytes);
-            if (WIDE) _tile_loadd(1, sum + SIDE, sum_bytes);
-            if (TALL) _tile_loadd(2, sum_below, sum_bytes);
-            if (TALL && WIDE) _tile_loadd(3, sum_below + SIDE, sum_bytes);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t k = 0; k < depth; k += SIDE) {
-            _tile_loadd(4, a + k, a_bytes);
-            _tile_loadd(6, b + k * COLUMNS, COLUMNS * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            if (WIDE) {
-                _tile_loadd(7, b + k * COLUMNS + SIDE, COLUMNS * 4);
-                _tile_dpbf16ps(1, 4, 7);
-            }
-            if (TALL) {
-                _tile_loadd(5, a_below + k, a_bytes);
-                _tile_dpbf16ps(2, 5, 6);
-                if (WIDE) _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        _tile_stored(0, sum, sum_bytes);
-        if (WIDE) _tile_stored(1, sum + SIDE, sum_bytes);
-        if (TALL) _tile_stored(2, sum_below, sum_bytes);
-        if (TALL && WIDE) _tile_stored(3, sum_below + SIDE, sum_bytes);
-    }
-
-    static void multiply(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, float* sum, int64_t sum_stride,
-                         int rows, int columns, bool add) {
-        const bool tall = rows > SIDE, wide = columns > SIDE;
-        const auto sum_of = tall && wide ? sum_in_tiles<true, true>
-                            : tall       ? sum_in_tiles<true, false>
-                            : wide       ? sum_in_tiles<false, true>
-                                         : sum_in_tiles<false, false>;
-        sum_of(a, a_stride, b, depth, sum, sum_stride, add);
-    }
-};
-#endif
-
 // ------------------------------------------------------------------------------------------------------------ unscale
 
 // To bf16, ties to even; all NaN become one, as in torch.
@@ -410,6 +292,159 @@ template <class To> void unscale(const float* sum, int64_t n, float inv_scale, t
     To::store(last, load<Floats>(sum + whole) * inv_scale);
     std::memcpy(out + whole, last, size_t(n - whole) * sizeof *out);
 }
+
+// Where sums go: to float32, from where the next piece of K goes on ...
+struct Sums {
+    float* first;
+    int64_t stride;
+
+    float* at(int64_t row, int64_t column) const { return first + row * stride + column; }
+    void put(int64_t row, int64_t column, Floats sum) const { std::memcpy(at(row, column), &sum, sizeof sum); }
+};
+
+// ... or unscaled into the result.
+template <class To> struct Result {
+    typename To::Out* first;
+    int64_t stride;
+    float inv_scale;
+
+    typename To::Out* at(int64_t row, int64_t column) const { return first + row * stride + column; }
+    void put(int64_t row, int64_t column, Floats sum) const { To::store(at(row, column), sum * inv_scale); }
+};
+
+// ------------------------------------------------------------------------------------------------- the innermost loop
+//
+// after[rows][columns] = before[rows][columns] + a[rows][depth] @ b[depth][COLUMNS], in units; `before` is zero where it
+// has no address. Up to ROWS and COLUMNS of sums are written: there is room.
+
+template <class Kind> struct Vectors : Kind {
+    static constexpr int ROWS = REGISTERS == 32 ? 12 : 6;  // whose sums stay in registers
+    static constexpr bool FINISHES = true;
+    struct Mode {};
+
+    template <int R, int V, class To>
+    static void sum_in_registers(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, const To& after) {
+        Floats total[R][V];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v)
+                total[r][v] = before.first ? load<Floats>(before.at(r, v * LANES)) : Floats{};
+        for (int64_t k = 0; k < depth; ++k) {
+            Floats b_row[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) b_row[v] = load<Floats>(b + k * COLUMNS + v * LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) total[r][v] = Kind::add_product(a[r * a_stride + k], b_row[v], total[r][v]);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) after.put(r, v * LANES, total[r][v]);
+    }
+
+    static int height(int rows) { return rows > 8 ? ROWS : rows > 4 ? std::min(ROWS, 8) : rows > 2 ? 4 : rows; }
+
+    template <class To>
+    static void multiply(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, const To& after, int rows,
+                         int columns) {
+        const auto run = [&](auto narrow) {
+            constexpr int V = decltype(narrow)::value ? 1 : 2;
+            const auto sum_of = rows > 8   ? sum_in_registers<ROWS, V, To>
+                                : rows > 4 ? sum_in_registers<(ROWS < 8 ? ROWS : 8), V, To>
+                                : rows > 2 ? sum_in_registers<4, V, To>
+                                : rows > 1 ? sum_in_registers<2, V, To>
+                                           : sum_in_registers<1, V, To>;
+            sum_of(a, a_stride, b, depth, before, after);
+        };
+        if (columns > LANES)
+            run(std::false_type());
+        else
+            run(std::true_type());
+    }
+
+    // The last piece of K: from the registers into the result, where it has the whole of them.
+    template <class To>
+    static void finish(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, const Result<To>& after,
+                       int rows, int columns) {
+        if (rows == height(rows) && columns % LANES == 0)
+            return multiply(a, a_stride, b, depth, before, after, rows, columns);
+        float sum[ROWS * COLUMNS];
+        multiply(a, a_stride, b, depth, before, Sums{sum, COLUMNS}, rows, columns);
+        for (int row = 0; row < rows; ++row)
+            unscale<To>(sum + row * COLUMNS, columns, after.inv_scale, after.at(row, 0));
+    }
+};
+
+#if defined(HAS_TILES)
+struct Tiles : BFloat16Pairs {
+    static constexpr int SIDE = 16;  // of a tile: rows, and units in a row
+    static constexpr int ROWS = 2 * SIDE;
+    static constexpr int PADDED = SIDE;
+    static constexpr bool FINISHES = false;
+    static_assert(COLUMNS == 2 * SIDE, "two tiles side by side");
+
+    struct Mode {  // the tile registers are whole tiles while this lives
+        Mode() {
+            struct alignas(64) {
+                uint8_t palette = 1, start_row = 0, reserved[14] = {};
+                uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } shape;
+            _tile_loadconfig(&shape);
+        }
+        ~Mode() { _tile_release(); }
+    };
+
+    // Tiles 0 to 3 are the sums, 4 and 5 those of a, 6 and 7 those of b.
+    template <bool TALL, bool WIDE>
+    static void sum_in_tiles(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, Sums after) {
+        const int64_t a_bytes = a_stride * 4, before_bytes = before.stride * 4, after_bytes = after.stride * 4;
+        const Unit* const a_below = a + SIDE * a_stride;
+        if (before.first) {
+            _tile_loadd(0, before.first, before_bytes);
+            if (WIDE) _tile_loadd(1, before.at(0, SIDE), before_bytes);
+            if (TALL) _tile_loadd(2, before.at(SIDE, 0), before_bytes);
+            if (TALL && WIDE) _tile_loadd(3, before.at(SIDE, SIDE), before_bytes);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        for (int64_t k = 0; k < depth; k += SIDE) {
+            _tile_loadd(4, a + k, a_bytes);
+            _tile_loadd(6, b + k * COLUMNS, COLUMNS * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            if (WIDE) {
+                _tile_loadd(7, b + k * COLUMNS + SIDE, COLUMNS * 4);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (TALL) {
+                _tile_loadd(5, a_below + k, a_bytes);
+                _tile_dpbf16ps(2, 5, 6);
+                if (WIDE) _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, after.first, after_bytes);
+        if (WIDE) _tile_stored(1, after.at(0, SIDE), after_bytes);
+        if (TALL) _tile_stored(2, after.at(SIDE, 0), after_bytes);
+        if (TALL && WIDE) _tile_stored(3, after.at(SIDE, SIDE), after_bytes);
+    }
+
+    static void multiply(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, Sums after, int rows,
+                         int columns) {
+        const bool tall = rows > SIDE, wide = columns > SIDE;
+        const auto sum_of = tall && wide ? sum_in_tiles<true, true>
+                            : tall       ? sum_in_tiles<true, false>
+                            : wide       ? sum_in_tiles<false, true>
+                                         : sum_in_tiles<false, false>;
+        sum_of(a, a_stride, b, depth, before, after);
+    }
+};
+#endif
 
 // --------------------------------------------------------------------------------------------------------------- GEMM
 
@@ -514,7 +549,8 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
     const Packing<Kernel> packing(a, b);
     const int64_t M = a.rows, N = b.columns, stride = packing.stride, depth = packing.depth, pieces = packing.pieces;
     const int64_t row_panels = parts(M, ROWS), column_panels = parts(N, COLUMNS);
-    const int64_t block_m = std::min<int64_t>(BLOCK_M, parts(parts(M, threads), ROWS) * ROWS);
+    const bool shallow = depth <= SHALLOW;
+    const int64_t block_m = shallow ? ROWS : std::min<int64_t>(BLOCK_M, parts(parts(M, threads), ROWS) * ROWS);
     const int64_t block_n = std::min<int64_t>(BLOCK_N, column_panels * COLUMNS);
     const int64_t blocks_m = parts(M, block_m), blocks_n = parts(N, block_n);
 
@@ -549,13 +585,15 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
     in_parallel(blocks_m * blocks_n, threads, [&](int64_t first, int64_t end) {
         const DefaultFloatMode float_mode;
         [[maybe_unused]] const typename Kernel::Mode mode;
-        Scratch own((a_is_shared ? 0 : bytes(a_count)) + (b_is_shared ? 0 : bytes(b_count)) + bytes(block_m * block_n));
+        const int64_t sum_count = pieces > 1 || !Kernel::FINISHES ? block_m * block_n : 0;
+        Scratch own((a_is_shared ? 0 : bytes(a_count)) + (b_is_shared ? 0 : bytes(b_count)) + bytes(sum_count));
         Unit* const own_a = a_is_shared ? nullptr : own.take<Unit>(a_count);
         Unit* const own_b = b_is_shared ? nullptr : own.take<Unit>(b_count);
-        float* const sum = own.take<float>(block_m * block_n);
+        float* const sums = own.take<float>(sum_count);
         for (int64_t block = first; block < end; ++block) {
-            const int64_t m0 = block % blocks_m * block_m, m1 = std::min(M, m0 + block_m);
-            const int64_t n0 = block / blocks_m * block_n, n1 = std::min(N, n0 + block_n);
+            // A shallow one goes along the rows of the result, as memory is written fastest, another keeps to b's panels.
+            const int64_t m0 = (shallow ? block / blocks_n : block % blocks_m) * block_m, m1 = std::min(M, m0 + block_m);
+            const int64_t n0 = (shallow ? block % blocks_n : block / blocks_m) * block_n, n1 = std::min(N, n0 + block_n);
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 const Unit* const a_piece = a_is_shared ? shared_a + (piece * padded_m + m0) * stride : own_a;
                 if (!a_is_shared) packing.pack_a(m0, m1, piece, own_a);
@@ -563,14 +601,25 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
                     const Unit* const b_piece =
                         b_is_shared ? shared_b + (n / COLUMNS * depth + piece * DEPTH) * COLUMNS : own_b;
                     if (!b_is_shared) packing.pack_b(n, piece, own_b);
-                    for (int64_t m = m0; m < m1; m += ROWS)
-                        Kernel::multiply(a_piece + (m - m0) * stride, stride, b_piece, packing.depth_of(piece),
-                                         sum + (m - m0) * block_n + n - n0, block_n,
-                                         int(std::min<int64_t>(ROWS, m1 - m)), int(std::min<int64_t>(COLUMNS, n1 - n)),
-                                         piece > 0);
+                    const int columns = int(std::min<int64_t>(COLUMNS, n1 - n));
+                    for (int64_t m = m0; m < m1; m += ROWS) {
+                        const Unit* const a_panel = a_piece + (m - m0) * stride;
+                        const Sums so_far{sums + (m - m0) * block_n + n - n0, block_n};
+                        const Sums before = piece > 0 ? so_far : Sums{};
+                        const int rows = int(std::min<int64_t>(ROWS, m1 - m));
+                        if constexpr (Kernel::FINISHES) {
+                            if (piece == pieces - 1) {
+                                const Result<To> result{out + m * N + n, N, inv_scale};
+                                Kernel::finish(a_panel, stride, b_piece, packing.depth_of(piece), before, result, rows, columns);
+                                continue;
+                            }
+                        }
+                        Kernel::multiply(a_panel, stride, b_piece, packing.depth_of(piece), before, so_far, rows, columns);
+                    }
                 }
             }
-            for (int64_t m = m0; m < m1; ++m) unscale<To>(sum + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
+            if (Kernel::FINISHES) continue;
+            for (int64_t m = m0; m < m1; ++m) unscale<To>(sums + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
         }
     });
 }
