@@ -16,6 +16,7 @@ from fp8core.kernels.eager import inverse_of_product
 from fp8core.matmul import bfloat16_mm, emulated_mm, float32_mm, scaled_mm
 
 SHAPES = [(16, 16, 16), (1, 300, 1), (2, 1, 31), (3, 1023, 5), (64, 256, 128), (128, 2048, 48), (17, 4096, 33)]
+THIN = [(1, 1023, 700), (300, 70, 1), (150, 16, 300), (100, 1, 70)]
 LARGE = [(257, 1023, 511), (4096, 4096, 48), (31, 48, 4096), (1021, 4093, 67), (2048, 16, 2047)]
 PAIRS = [(E4M3FN, E4M3FN), (E5M2, E4M3FN), (E5M2FNUZ, E4M3FNUZ), (E5M2, E5M2)]
 POWERS_OF_TWO, ANY = (2.0**20, 0.25), (3.7, 0.011)
@@ -76,7 +77,7 @@ def assert_bfloat16_product_is_rounded_once(shape: tuple[int, int, int], gemm: s
 
 
 @pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *THIN], ids=str)
 @pytest.mark.parametrize("fmts", PAIRS, ids=lambda fmts: f"{fmts[0]}-{fmts[1]}")
 def test_float32_product_is_within_1e_6_of_float64(
     shape: tuple[int, int, int], gemm: str, fmts: tuple[Fp8Format, Fp8Format], path: str
@@ -85,7 +86,7 @@ def test_float32_product_is_within_1e_6_of_float64(
 
 
 @pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("shape", [*SHAPES, (256, 1024, 256)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *THIN, (256, 1024, 256)], ids=str)
 def test_bfloat16_product_is_the_rounded_float64_one(shape: tuple[int, int, int], gemm: str, path: str) -> None:
     assert_bfloat16_product_is_rounded_once(shape, gemm)
 
@@ -160,35 +161,46 @@ def test_opposite_scales_at_their_limits_cancel() -> None:
     assert inverse_of_product(torch.tensor(2.0**126), torch.tensor(2.0**-120)).item() == 2.0**-6
 
 
-def one_by_one(values: Tensor, fmt: Fp8Format = E5M2) -> Tensor:
-    """A column of codes, whose product with a one is themselves."""
-    return values.to(getattr(torch, fmt.torch_dtype))[:, None]
+def with_zeros(codes: Tensor, dim: int) -> Tensor:
+    """A vector as the first row or column of a matrix of eight: so deep that tiles are used, where it is wide, too."""
+    matrix = torch.zeros(codes.numel(), 8, dtype=torch.uint8).view(codes.dtype)
+    matrix.view(torch.uint8)[:, 0] = codes.view(torch.uint8)
+    return matrix if dim == 0 else matrix.t()
 
 
+@pytest.mark.parametrize("width", [1, 40])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
-def test_every_code_is_multiplied_as_its_value(fmt: Fp8Format, path: str) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, fmt.torch_dtype))
+def test_every_code_is_multiplied_as_its_value(fmt: Fp8Format, width: int, path: str) -> None:
+    dtype = getattr(torch, fmt.torch_dtype)
+    codes, ones = torch.arange(256, dtype=torch.uint8).view(dtype), torch.ones(width).to(dtype)
     one = torch.tensor(1.0)
 
-    for a, b in ((codes[:, None], one_by_one(torch.ones(1), fmt)), (one_by_one(torch.ones(1), fmt), codes[None, :])):
-        y = scaled_mm(a, b, one, one, out_dtype=torch.float32)
+    by_row = scaled_mm(with_zeros(codes, 0), with_zeros(ones, 1), one, one, out_dtype=torch.float32)
+    by_column = scaled_mm(with_zeros(ones, 0), with_zeros(codes, 1), one, one, out_dtype=torch.float32)
 
-        torch.testing.assert_close(y.flatten(), codes.float(), rtol=0, atol=0, equal_nan=True)
+    expected = codes.float()[:, None].expand(256, width)
+    torch.testing.assert_close(by_row, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(by_column, expected.t(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("width", [1, 40])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_results_are_unscaled_and_rounded_once_to_the_end_of_the_range(out_dtype: torch.dtype, path: str) -> None:
-    steps = torch.arange(
-        2048.0
-    )  # digits to the base 8 by their weights; ties of bfloat16's to both sides are among them
-    a = torch.stack([steps // weight % 8 for weight in (512, 64, 8, 1)], dim=1).to(torch.float8_e4m3fn)
-    b = torch.tensor([[512.0], [64.0], [8.0], [1.0]]).to(torch.float8_e5m2)
+def test_results_are_unscaled_and_rounded_once_to_the_end_of_the_range(
+    out_dtype: torch.dtype, width: int, path: str
+) -> None:
+    steps = torch.arange(2048.0)  # by their digits to the base 8; ties of bfloat16's to both sides are among them
+    weights = torch.tensor([512.0, 64.0, 8.0, 1.0])
+    a, b = torch.zeros(2048, 8), torch.zeros(8, width)  # as deep as tiles want
+    a[:, :4] = steps[:, None] // weights % 8
+    b[:4] = weights[:, None]
+    a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e5m2)
 
     for scales in ((1.0, 1.0), (2.0**66, 2.0**66), (2.0**60, 2.0**31), (2.0**-126, 2.0**-100), (3.7, 1.0)):
         s_a, s_b = torch.tensor(scales)
         y = scaled_mm(a, b, s_a, s_b, out_dtype=out_dtype)
 
-        assert torch.equal(y.flatten(), (steps * inverse_of_product(s_a, s_b)).to(out_dtype)), scales
+        expected = (steps * inverse_of_product(s_a, s_b)).to(out_dtype)
+        assert torch.equal(y, expected[:, None].expand(2048, width)), scales
 
 
 def test_the_dispatcher_runs_the_compiled_body_and_it_does_what_the_one_in_python_does() -> None:
@@ -208,8 +220,9 @@ def test_the_dispatcher_runs_the_compiled_body_and_it_does_what_the_one_in_pytho
     assert cpu.is_registered() or torch.__version__ < "2.10"
 
 
-def test_two_threads_give_the_bits_of_one(path: str) -> None:
-    a, b = operand(257, 700, E4M3FN, 0), operand(700, 300, E4M3FN, 1)
+@pytest.mark.parametrize("shape", [(257, 700, 300), (600, 16, 300), (1, 9000, 300), (300, 9000, 1)], ids=str)
+def test_two_threads_give_the_bits_of_one(shape: tuple[int, int, int], path: str) -> None:
+    a, b = operands(*shape, "fprop", E4M3FN, E4M3FN)
     one, threads = torch.tensor(1.0), torch.get_num_threads()
 
     results = []
@@ -257,7 +270,7 @@ def test_other_processors_vectors_multiply_as_exactly(
     assert cpu.engines() == ("float32",)
 
     for gemm in ("fprop", "dgrad", "wgrad"):
-        for shape in ((3, 1023, 5), (64, 256, 128), (200, 800, 48)):
+        for shape in ((3, 1023, 5), (64, 256, 128), (200, 800, 48), *THIN):
             assert_float32_product_is_exact(shape, gemm, (E5M2FNUZ, E4M3FNUZ))
             assert_bfloat16_product_is_rounded_once(shape, gemm)
 

@@ -8,12 +8,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = tuple(Path(__file__).with_name(f"cpu{part}.cpp") for part in ("", "_gemm", "_operator"))
 HEADERS = tuple(Path(__file__).with_name(f"cpu_{part}.h") for part in ("vectors", "gemm"))
 # Contracting x * scale + c into one rounding would break the rounding to FP8.
-_COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+_COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
 _FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 _COMPILE_DEADLINE_S = 120.0
 
@@ -68,16 +69,31 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
             built = Path(scratch) / library.name
-            command = [compiler, *flags, *map(str, SOURCES), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_DEADLINE_S, check=False)
-            if done.returncode != 0:
-                return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
+            objects = [Path(scratch) / f"{source.stem}.o" for source in SOURCES]
+            commands = [
+                [compiler, *flags, "-c", str(source), "-o", str(target)]
+                for source, target in zip(SOURCES, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(len(commands)) as pool:
+                complaints = [complaint for complaint in pool.map(_run, commands) if complaint]
+            complaint = (
+                complaints[0] if complaints else _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(built)])
+            )
+            if complaint:
+                return complaint
             built.replace(library)
     except subprocess.TimeoutExpired:
         return f"it took more than {_COMPILE_DEADLINE_S:.0f} s"
     except OSError as error:
         raise UnavailableError(f"cannot write the compiled CPU kernels: {error}; set XDG_CACHE_HOME") from None
     return None
+
+
+def _run(command: list[str]) -> str | None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_DEADLINE_S, check=False)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
 
 
 def _processor() -> str:

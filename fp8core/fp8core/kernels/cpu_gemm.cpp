@@ -37,6 +37,7 @@
 namespace {
 
 typedef uint32_t Unit;
+constexpr int LINE = 64 / sizeof(Unit);  // of the cache
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int REGISTERS = 32;
@@ -50,6 +51,7 @@ constexpr int SHALLOW = 32;                    // units of K, up to which writin
 constexpr int CODES = 64;                      // are decoded at once
 constexpr int STAGE_ROWS = 48, STAGE_COLUMNS = 128;
 constexpr int64_t WORK_FOR_TILES = 1 << 14;    // multiplications; below, vectors are faster
+constexpr int64_t DEPTH_FOR_TILES = 8;          // likewise, along K
 constexpr int64_t WORK_FOR_THREADS = 1 << 21;  // below, one thread is faster than waking the others
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -128,6 +130,8 @@ public:
         }
         for (int half = 0; half < 2; ++half)
             for (int part = 0; part < 2; ++part) table[half][part] = _mm512_loadu_si512(bytes[half] + 64 * part);
+        for (int i = 0; i < 64; ++i) codes[i % 16 / 4 * 16 + i / 32 * 8 + i % 4 * 2 + i / 16 % 2] = uint8_t(i);
+        floats_order = _mm512_loadu_si512(codes);
     }
 
     // 32 bf16 of the codes whose place is even by eights, and 32 of the others
@@ -156,13 +160,12 @@ public:
 
     // Float32 of 64 codes, in their order
     void to_floats(__m512i codes, Unit* out) const {
-        const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-        const __m512i zero = _mm512_setzero_si512();
-        const Halves halves = (*this)(_mm512_permutexvar_epi32(order, codes));
-        _mm512_storeu_si512(out, _mm512_unpacklo_epi16(zero, halves.first));
-        _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(zero, halves.first));
-        _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi16(zero, halves.second));
-        _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi16(zero, halves.second));
+        const Halves halves = (*this)(_mm512_permutexvar_epi8(floats_order, codes));
+        const __m512i high = _mm512_set1_epi32(int(0xFFFF0000));
+        _mm512_storeu_si512(out, _mm512_slli_epi32(halves.first, 16));
+        _mm512_storeu_si512(out + 16, _mm512_and_si512(halves.first, high));
+        _mm512_storeu_si512(out + 32, _mm512_slli_epi32(halves.second, 16));
+        _mm512_storeu_si512(out + 48, _mm512_and_si512(halves.second, high));
     }
 
     void to_floats(const uint8_t* codes, int n, Unit* out) const { to_floats(load_codes(codes, n), out); }
@@ -177,6 +180,7 @@ public:
 
 private:
     __m512i table[2][2];
+    __m512i floats_order;  // so that pairs are of codes that are 16 apart
     bool fnuz;
 };
 #else
@@ -323,7 +327,8 @@ template <class Kind> struct Vectors : Kind {
     struct Mode {};
 
     template <int R, int V, class To>
-    static void sum_in_registers(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, const To& after) {
+    static void sum_in_registers(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before,
+                                 const To& after) {
         Floats total[R][V];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -347,30 +352,26 @@ template <class Kind> struct Vectors : Kind {
 
     static int height(int rows) { return rows > 8 ? ROWS : rows > 4 ? std::min(ROWS, 8) : rows > 2 ? 4 : rows; }
 
-    template <class To>
-    static void multiply(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, const To& after, int rows,
-                         int columns) {
-        const auto run = [&](auto narrow) {
-            constexpr int V = decltype(narrow)::value ? 1 : 2;
-            const auto sum_of = rows > 8   ? sum_in_registers<ROWS, V, To>
-                                : rows > 4 ? sum_in_registers<(ROWS < 8 ? ROWS : 8), V, To>
-                                : rows > 2 ? sum_in_registers<4, V, To>
-                                : rows > 1 ? sum_in_registers<2, V, To>
-                                           : sum_in_registers<1, V, To>;
-            sum_of(a, a_stride, b, depth, before, after);
-        };
-        if (columns > LANES)
-            run(std::false_type());
-        else
-            run(std::true_type());
+    template <int V, class To> static auto sum_of(int rows) {
+        return rows > 8   ? sum_in_registers<ROWS, V, To>
+               : rows > 4 ? sum_in_registers<(ROWS < 8 ? ROWS : 8), V, To>
+               : rows > 2 ? sum_in_registers<4, V, To>
+               : rows > 1 ? sum_in_registers<2, V, To>
+                          : sum_in_registers<1, V, To>;
     }
 
-    // The last piece of K: from the registers into the result, where it has the whole of them.
+    static void multiply(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, Sums after, int rows,
+                         int columns) {
+        const auto sum = columns > LANES ? sum_of<2, Sums>(rows) : sum_of<1, Sums>(rows);
+        sum(a, a_stride, b, depth, before, after);
+    }
+
+    // The last piece of K: from the registers into the result, if that has all that is in them.
     template <class To>
-    static void finish(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before, const Result<To>& after,
-                       int rows, int columns) {
-        if (rows == height(rows) && columns % LANES == 0)
-            return multiply(a, a_stride, b, depth, before, after, rows, columns);
+    static void finish(const Unit* a, int64_t a_stride, const Unit* b, int64_t depth, Sums before,
+                       const Result<To>& after, int rows, int columns) {
+        if (rows == height(rows) && columns == COLUMNS)
+            return sum_of<2, Result<To>>(rows)(a, a_stride, b, depth, before, after);
         float sum[ROWS * COLUMNS];
         multiply(a, a_stride, b, depth, before, Sums{sum, COLUMNS}, rows, columns);
         for (int row = 0; row < rows; ++row)
@@ -549,7 +550,7 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
     const Packing<Kernel> packing(a, b);
     const int64_t M = a.rows, N = b.columns, stride = packing.stride, depth = packing.depth, pieces = packing.pieces;
     const int64_t row_panels = parts(M, ROWS), column_panels = parts(N, COLUMNS);
-    const bool shallow = depth <= SHALLOW;
+    const bool shallow = depth <= SHALLOW && row_panels > 2;
     const int64_t block_m = shallow ? ROWS : std::min<int64_t>(BLOCK_M, parts(parts(M, threads), ROWS) * ROWS);
     const int64_t block_n = std::min<int64_t>(BLOCK_N, column_panels * COLUMNS);
     const int64_t blocks_m = parts(M, block_m), blocks_n = parts(N, block_n);
@@ -591,10 +592,11 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
         Unit* const own_b = b_is_shared ? nullptr : own.take<Unit>(b_count);
         float* const sums = own.take<float>(sum_count);
         for (int64_t block = first; block < end; ++block) {
-            // A shallow one goes along the rows of the result, as memory is written fastest, another keeps to b's panels.
+            // A shallow product goes along the rows of the result, which memory takes fastest; others stay with b.
             const int64_t m0 = (shallow ? block / blocks_n : block % blocks_m) * block_m, m1 = std::min(M, m0 + block_m);
             const int64_t n0 = (shallow ? block % blocks_n : block / blocks_m) * block_n, n1 = std::min(N, n0 + block_n);
             for (int64_t piece = 0; piece < pieces; ++piece) {
+                const int64_t piece_depth = packing.depth_of(piece);
                 const Unit* const a_piece = a_is_shared ? shared_a + (piece * padded_m + m0) * stride : own_a;
                 if (!a_is_shared) packing.pack_a(m0, m1, piece, own_a);
                 for (int64_t n = n0; n < n1; n += COLUMNS) {
@@ -602,19 +604,22 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
                         b_is_shared ? shared_b + (n / COLUMNS * depth + piece * DEPTH) * COLUMNS : own_b;
                     if (!b_is_shared) packing.pack_b(n, piece, own_b);
                     const int columns = int(std::min<int64_t>(COLUMNS, n1 - n));
+                    const bool has_next = b_is_shared && !shallow && n + COLUMNS < n1;
+                    const int64_t share = has_next ? piece_depth * COLUMNS / parts(m1 - m0, ROWS) : 0;
+                    const Unit* soon = b_piece + depth * COLUMNS;  // the next panel, fetched while this one is used
                     for (int64_t m = m0; m < m1; m += ROWS) {
+                        for (const Unit* const end = soon + share; soon < end; soon += LINE) __builtin_prefetch(soon, 0, 2);
                         const Unit* const a_panel = a_piece + (m - m0) * stride;
-                        const Sums so_far{sums + (m - m0) * block_n + n - n0, block_n};
-                        const Sums before = piece > 0 ? so_far : Sums{};
+                        const Sums so_far{sums + (m - m0) * block_n + n - n0, block_n}, before = piece > 0 ? so_far : Sums{};
                         const int rows = int(std::min<int64_t>(ROWS, m1 - m));
                         if constexpr (Kernel::FINISHES) {
                             if (piece == pieces - 1) {
                                 const Result<To> result{out + m * N + n, N, inv_scale};
-                                Kernel::finish(a_panel, stride, b_piece, packing.depth_of(piece), before, result, rows, columns);
+                                Kernel::finish(a_panel, stride, b_piece, piece_depth, before, result, rows, columns);
                                 continue;
                             }
                         }
-                        Kernel::multiply(a_panel, stride, b_piece, packing.depth_of(piece), before, so_far, rows, columns);
+                        Kernel::multiply(a_panel, stride, b_piece, piece_depth, before, so_far, rows, columns);
                     }
                 }
             }
@@ -622,6 +627,48 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
             for (int64_t m = m0; m < m1; ++m) unscale<To>(sums + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
         }
     });
+}
+
+// out[a.rows] = a @ b, b a column. The codes of a lie along K: they are read once and multiplied as they are decoded.
+template <class To>
+void multiply_by_column(const Matrix& a, const Matrix& b, float inv_scale, typename To::Out* out, int threads) {
+    const int64_t M = a.rows, K = a.columns, padded = parts(K, CODES) * CODES;
+    const Decoder decode_a(*a.format);
+    Scratch scratch(Scratch::padded(K) + padded * int64_t(sizeof(Unit)));
+    uint8_t* const b_codes = scratch.take<uint8_t>(K);
+    Unit* const b_units = scratch.take<Unit>(padded);
+    for (int64_t k = 0; k < K; ++k) b_codes[k] = b.codes[k * b.row_stride];
+    Floats32::along(Decoder(*b.format), b_codes, int(K), b_units);
+
+    constexpr int ROWS = 64, PARTS = CODES / LANES;
+    in_parallel(parts(M, ROWS), threads, [&](int64_t first, int64_t end) {
+        const DefaultFloatMode float_mode;
+        for (int64_t m = first * ROWS; m < std::min(M, end * ROWS); m += ROWS) {
+            const int rows = int(std::min<int64_t>(ROWS, M - m));
+            float sum[ROWS];
+            for (int row = 0; row < rows; ++row) {
+                const uint8_t* const codes = a.codes + (m + row) * a.row_stride;
+                Floats total[PARTS] = {};
+                for (int64_t k = 0; k < K; k += CODES) {
+                    Unit units[CODES];
+                    Floats32::along(decode_a, codes + k, int(std::min<int64_t>(CODES, K - k)), units);
+#pragma GCC unroll 16
+                    for (int i = 0; i < PARTS; ++i)
+                        total[i] += load<Floats>(units + i * LANES) * load<Floats>(b_units + k + i * LANES);
+                }
+                float lanes[CODES];
+                std::memcpy(lanes, total, sizeof lanes);
+                for (int width = CODES / 2; width > 0; width /= 2)
+                    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+                sum[row] = lanes[0];
+            }
+            unscale<To>(sum, rows, inv_scale, out + m);
+        }
+    });
+}
+
+Matrix transposed(const Matrix& x) {
+    return {x.codes, x.columns, x.rows, x.column_stride, x.row_stride, x.format};
 }
 
 template <class To> void multiply_with(Engine engine, const Matrix& a, const Matrix& b, float inv_scale, void* result, int threads) {
@@ -633,7 +680,10 @@ template <class To> void multiply_with(Engine engine, const Matrix& a, const Mat
     }
     const int64_t work = a.rows * b.columns * a.columns;
     if (work < WORK_FOR_THREADS) threads = 1;
-    if (engine == TILES && work < WORK_FOR_TILES) engine = FLOATS;
+    if (b.columns == 1 && a.column_stride == 1) return multiply_by_column<To>(a, b, inv_scale, out, threads);
+    if (a.rows == 1 && b.row_stride == 1)
+        return multiply_by_column<To>(transposed(b), transposed(a), inv_scale, out, threads);
+    if (engine == TILES && (work < WORK_FOR_TILES || a.columns < DEPTH_FOR_TILES)) engine = FLOATS;
 #if defined(HAS_TILES)
     if (engine == TILES) return multiply<Tiles, To>(a, b, inv_scale, out, threads);
 #endif
@@ -674,6 +724,13 @@ void scaled_mm(const Matrix& a, const Matrix& b, float scale_a, float scale_b, v
 #if defined(__AVX512BF16__)
     // Sums are multiples of 2^-34, the product of the smallest subnormals of E5M2FNUZ.
     if (inv_scale >= 0x1p-92f) return multiply_with<ToBFloat16Fast>(engine, a, b, inv_scale, out, threads);
-#endif
+    const int64_t count = a.rows * b.columns;
+    Scratch scratch(count * int64_t(sizeof(float)));
+    float* const wide = scratch.take<float>(count);
+    multiply_with<ToFloat32>(engine, a, b, inv_scale, wide, threads);
+    const DefaultFloatMode float_mode;
+    unscale<ToBFloat16>(wide, count, 1, static_cast<uint16_t*>(out));
+#else
     multiply_with<ToBFloat16>(engine, a, b, inv_scale, out, threads);
+#endif
 }
