@@ -74,11 +74,9 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None
                 [compiler, *flags, "-c", str(source), "-o", str(target)]
                 for source, target in zip(SOURCES, objects, strict=True)
             ]
+            link = [compiler, *flags, "-shared", *map(str, objects), "-o", str(built)]
             with ThreadPoolExecutor(len(commands)) as pool:
-                complaints = [complaint for complaint in pool.map(_run, commands) if complaint]
-            complaint = (
-                complaints[0] if complaints else _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(built)])
-            )
+                complaint = next(filter(None, pool.map(_run, commands)), None) or _run(link)
             if complaint:
                 return complaint
             built.replace(library)
@@ -90,6 +88,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> str | None
 
 
 def _run(command: list[str]) -> str | None:
+    """The first line of its complaint, or None when it worked."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_DEADLINE_S, check=False)
     if done.returncode == 0:
         return None

@@ -13,8 +13,9 @@
 //   a  [piece of K][panel of ROWS][row][unit]       decoded from rows of codes along K
 //   b  [panel of COLUMNS][piece of K][unit][column] decoded from rows of codes along N
 //
-// An operand whose codes lie the other way is transposed first, 16 x 16 bytes at a time in registers. A block of the
-// result is summed in scratch that stays in the cache, unscaled, rounded and written once. What is beyond K is zero.
+// An operand whose codes lie the other way is transposed first, 16 x 16 bytes at a time in registers. Sums that go over
+// several pieces of K, and those of tiles, wait in scratch that stays in the cache; they are unscaled, rounded and written
+// once. What is beyond K is zero. A column is multiplied without panels, by rows of codes as they are decoded.
 
 #include "cpu_gemm.h"
 
@@ -608,9 +609,11 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
                     const int64_t share = has_next ? piece_depth * COLUMNS / parts(m1 - m0, ROWS) : 0;
                     const Unit* soon = b_piece + depth * COLUMNS;  // the next panel, fetched while this one is used
                     for (int64_t m = m0; m < m1; m += ROWS) {
-                        for (const Unit* const end = soon + share; soon < end; soon += LINE) __builtin_prefetch(soon, 0, 2);
+                        for (const Unit* const end = soon + share; soon < end; soon += LINE)
+                            __builtin_prefetch(soon, 0, 2);
                         const Unit* const a_panel = a_piece + (m - m0) * stride;
-                        const Sums so_far{sums + (m - m0) * block_n + n - n0, block_n}, before = piece > 0 ? so_far : Sums{};
+                        const Sums so_far{sums + (m - m0) * block_n + n - n0, block_n};
+                        const Sums before = piece > 0 ? so_far : Sums{};
                         const int rows = int(std::min<int64_t>(ROWS, m1 - m));
                         if constexpr (Kernel::FINISHES) {
                             if (piece == pieces - 1) {
@@ -624,7 +627,8 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
                 }
             }
             if (Kernel::FINISHES) continue;
-            for (int64_t m = m0; m < m1; ++m) unscale<To>(sums + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
+            for (int64_t m = m0; m < m1; ++m)
+                unscale<To>(sums + (m - m0) * block_n, n1 - n0, inv_scale, out + m * N + n0);
         }
     });
 }
