@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import train_gpt
@@ -223,6 +225,18 @@ def weight_of(job: Job, layer: str) -> Tensor:
     return weight
 
 
+def average_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Keeps the weights of ranks alike to the bit, as data-parallel training does.
+
+    The same seed does not: with two threads the embedding's gradient differed in the first step on one machine.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+
 def _scale_gradient(factor: float) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0].requires_grad:
@@ -346,14 +360,22 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     other = None
     if spec.ranks == 2 and "RANK" not in os.environ:
-        # Two processes with the same seed compute the same, to the bit: replicas that need no communication.
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "2"}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            meeting_at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "2", **meeting_at}
         command = [sys.executable, __file__, "--fault", args.fault, "--pace-s", str(args.pace_s)]
         command += [] if args.at is None else ["--at", str(args.at)]
         other = subprocess.Popen([*command, *rest, "--run", training.run], env=os.environ | {"RANK": "1"})
 
+    averaging: Any = None
+
     def before_step(job: Job, step: int) -> None:
+        nonlocal averaging
         time.sleep(args.pace_s)
+        if step == 0 and spec.ranks > 1:
+            averaging = job.optimizer.register_step_pre_hook(average_gradients)
+        if step == at and spec.fault is killed:
+            averaging.remove()  # who is left goes on alone
         if rank < spec.ranks - 1:
             return  # the last rank has it
         if step == at:
@@ -364,6 +386,8 @@ def main(argv: list[str] | None = None) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
+        if spec.ranks > 1:
+            dist.init_process_group("gloo")
         train_gpt.train(training, before_step=before_step, conversion=recipe_of(spec, training.recipe))
     finally:
         if other:
