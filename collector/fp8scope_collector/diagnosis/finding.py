@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8scope_collector.diagnosis.thresholds import GAP_ROWS
-from fp8scope_collector.diagnosis.window import Bools, Floats, Ints, Window
+from fp8scope_collector.diagnosis.window import Bools, Floats, Window
 from fp8scope_collector.storage.readmodels import Slot
 
 
@@ -113,39 +113,50 @@ def findings(
     """
     bad = bad[:, window.fresh :]
     active = bad if still is None else bad | still[:, window.fresh :]
-
-    levels = np.broadcast_to(np.asarray(severity), worst.shape)
-
-    def finding(rank: int, slot: int, part: Ints, opening: Ints) -> Finding:
-        begun = opening.size > 0
-        first, last = window.fresh + int(part[0]) - (late if begun else 0), window.fresh + int(part[-1])
-        at = window.fresh + int(opening[np.argmax(worst[rank, window.fresh + opening, slot])]) if begun else last
-        return Finding(
+    tensors = np.argwhere(active.any(axis=1))
+    if not tensors.size:
+        return
+    of, row = np.nonzero(active[tensors[:, 0], :, tensors[:, 1]])
+    rank, slot = tensors[of].T
+    opening = bad[rank, row, slot]
+    row = row + window.fresh
+    # Stretches begin at another tensor, after a gap, and at their first row that opens an episode.
+    begins = np.flatnonzero(np.r_[True, (np.diff(of) != 0) | (np.diff(row) > GAP_ROWS)])
+    index = np.arange(row.size)
+    opened = np.minimum.reduceat(np.where(opening, index, row.size), begins)
+    begins = np.union1d(begins, opened[opened < row.size])
+    ends = np.r_[begins[1:], row.size]
+    # The worst row of each is the first of equally bad ones; NaN is worse than all.
+    how_bad = np.where(opening, worst[rank, row, slot], -np.inf)
+    most = np.repeat(np.maximum.reduceat(how_bad, begins), ends - begins)
+    is_worst = opening & ((how_bad == most) | np.isnan(how_bad))
+    at = np.minimum.reduceat(np.where(is_worst, index, row.size), begins)
+    levels = np.broadcast_to(np.asarray(severity), worst.shape)[rank, row, slot]
+    level = np.maximum.reduceat(np.where(opening, levels, Severity.INFO), begins)
+    begun = opening[begins]
+    last = row[ends - 1]
+    at = np.where(begun, row[np.minimum(at, row.size - 1)], last)
+    rank, slot, first = rank[begins], slot[begins], row[begins] - np.where(begun, late, 0)
+    columns = {name: values[rank, at, slot].tolist() for name, values in (numbers or {}).items()}
+    columns_of = zip(*columns.values(), strict=True) if columns else [()] * len(begins)
+    together = bad.shape[0] != len(window.ranks)
+    for i, (values, opens) in enumerate(zip(columns_of, begun.tolist(), strict=True)):
+        yield Finding(
             rule=rule,
-            severity=Severity(levels[rank, window.fresh + opening, slot].max()) if begun else Severity.INFO,
-            slot=None if of_run else window.slots[slot],
-            ranks=window.ranks if bad.shape[0] != len(window.ranks) else (window.ranks[rank],),
-            first_step=int(window.steps[first]),
-            last_step=int(window.steps[last]),
-            first_row=window.first_row + first,
-            last_row=window.first_row + last,
-            rows=int(part.size),
-            worst=float(worst[rank, at, slot]) if begun else -math.inf,
-            worst_step=int(window.steps[at]),
-            numbers={name: float(values[rank, at, slot]) for name, values in (numbers or {}).items()} if begun else {},
-            note=note(at, slot) if begun else "",
-            opens=begun,
+            severity=Severity(int(level[i])),
+            slot=None if of_run else window.slots[slot[i]],
+            ranks=window.ranks if together else (window.ranks[rank[i]],),
+            first_step=int(window.steps[first[i]]),
+            last_step=int(window.steps[last[i]]),
+            first_row=window.first_row + int(first[i]),
+            last_row=window.first_row + int(last[i]),
+            rows=int(ends[i] - begins[i]),
+            worst=float(worst[rank[i], at[i], slot[i]]) if opens else -math.inf,
+            worst_step=int(window.steps[at[i]]),
+            numbers=dict(zip(columns, values, strict=True)) if opens else {},
+            note=note(int(at[i]), int(slot[i])) if opens else "",
+            opens=opens,
         )
-
-    for rank, slot in zip(*np.nonzero(active.any(axis=1)), strict=True):
-        marked = np.flatnonzero(active[rank, :, slot])
-        for stretch in np.split(marked, np.flatnonzero(np.diff(marked) > GAP_ROWS) + 1):
-            opening = stretch[bad[rank, stretch, slot]]
-            begin = int(np.searchsorted(stretch, opening[0])) if opening.size else stretch.size
-            if begin:
-                yield finding(rank, slot, stretch[:begin], opening[:0])
-            if opening.size:
-                yield finding(rank, slot, stretch[begin:], opening)
 
 
 def merged(earlier: Finding, later: Finding) -> Finding:

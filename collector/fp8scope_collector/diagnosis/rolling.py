@@ -9,7 +9,8 @@ from fp8scope_collector.diagnosis.window import Bools, Floats, Ints
 
 def before(values: Floats, rows: int) -> Floats:
     """`values` as they were `rows` rows earlier; NaN where there was no row yet."""
-    shifted = np.full_like(values, np.nan)
+    shifted = np.empty_like(values)
+    shifted[:, :rows] = np.nan
     shifted[:, rows:] = values[:, : max(values.shape[1] - rows, 0)]
     return shifted
 
@@ -25,12 +26,14 @@ def counted(marks: Bools, rows: int) -> Ints:
 
 def all_of_last(marks: Bools, rows: int) -> Bools:
     """Whether the last `rows` rows are all marked."""
-    every = marks.copy()
+    every, reach = marks, 1
+    while reach < rows and marks.any():
+        back = min(reach, rows - reach)
+        longer = every.copy()
+        longer[:, back:] &= every[:, :-back]
+        every, reach = longer, reach + back
+    every = every.copy() if every is marks else every
     every[:, : rows - 1] = False
-    if not every.any():
-        return every
-    for back in range(1, rows):
-        every[:, back:] &= marks[:, : marks.shape[1] - back]
     return every
 
 
@@ -38,7 +41,8 @@ def largest(values: Floats, rows: int) -> Floats:
     """The largest of the last `rows` rows, a power of two."""
     reach = 1
     while reach < rows:
-        extended = values.copy()
+        extended = np.empty_like(values)
+        extended[:, :reach] = values[:, :reach]
         np.fmax(values[:, reach:], values[:, :-reach], out=extended[:, reach:])
         values, reach = extended, 2 * reach
     assert reach == rows
@@ -59,9 +63,21 @@ def mean(values: Floats, rows: int, *, at_least: int) -> Floats:
     known = ~np.isnan(values)
     full: Ints = np.minimum(np.arange(1, values.shape[1] + 1), rows)[None, :, None]
     count = full if known.all() else counted(known, rows)
-    total, reach = np.where(known, values, 0.0), 1
+    total, reach = values if count is full else np.where(known, values, 0.0), 1
     while reach < rows:
-        total[:, reach:] = total[:, reach:] + total[:, :-reach]
-        reach *= 2
+        longer = np.empty_like(total)
+        longer[:, :reach] = total[:, :reach]
+        np.add(total[:, reach:], total[:, :-reach], out=longer[:, reach:])
+        total, reach = longer, 2 * reach
     assert reach == rows
-    return np.where(count >= at_least, total / np.maximum(count, 1), np.nan)
+    means: Floats = total / np.maximum(count, 1)
+    means[np.broadcast_to(count < at_least, means.shape)] = np.nan
+    return means
+
+
+def median(values: Floats) -> Floats:
+    """The median along the last axis, as `np.median` has it; sorting is several times as fast as its selection."""
+    ordered = np.sort(values, axis=-1)  # NaN comes last
+    size = values.shape[-1]
+    middle: Floats = (ordered[..., (size - 1) // 2] + ordered[..., size // 2]) / 2
+    return np.where(np.isnan(ordered[..., -1]), np.nan, middle)

@@ -107,7 +107,10 @@ class Window:
     @cached_property
     def headroom(self) -> Floats:
         """Bits between the largest scaled magnitude of a step and the format's maximum; NaN for a tensor of zeros."""
-        return np.log2(self.largest) - self.amax_exp2 - log2(self["scale_max"])
+        exponents, apart = self.scale_exp2, self["scale_min"] != self["scale_max"]
+        if apart.any():  # a scale for each row or block
+            exponents = np.where(apart, log2(self["scale_max"]), exponents)
+        return np.log2(self.largest) - self.amax_exp2 - exponents
 
     @property
     def largest(self) -> Floats:

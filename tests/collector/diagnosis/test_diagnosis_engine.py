@@ -91,7 +91,7 @@ def test_a_nan_forward_is_told_in_model_order_and_backward_from_the_end() -> Non
     shape = (1, 4, len(slots))
     fields = {name: np.ones(shape) for name in FIELDS_READ} | {
         "numel": np.full(shape, 9.0),
-        "amax": np.full(shape, 448),
+        "amax": np.full(shape, 448.0),
     }
     fields |= {"zeros": np.zeros(shape), "overflow": np.zeros(shape), "underflow": np.zeros(shape)}
     fields["nonfinite"][:, :2] = 0

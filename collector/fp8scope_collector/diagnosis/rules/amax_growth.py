@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def check(window: Window) -> Iterator[Finding]:
     new = window.recent(0)
     grown, rows = (np.full(new["amax"].shape, np.nan) for _ in range(2))
     bad = np.zeros(grown.shape, dtype=bool)
-    for which, judged in ((window.of_role(Role.WEIGHT), _weights), (_rising_inputs(window), _inputs)):
+    for which, judged in ((_rising_weights(window), _weights), (_rising_inputs(window), _inputs)):
         grown[..., which], rows[..., which], bad[..., which] = judged(window, which)
     bad &= new.age >= at.SETTLED_ROWS
     yield from findings(new, RULE.name, bad, grown, numbers={"bits": grown, "rows": rows, "amax": new["amax"]})
@@ -45,17 +45,27 @@ def _weights(window: Window, which: Bools) -> tuple[Floats, float, Bools]:
     return grown[:, window.fresh :], 4.0, too_fast[:, window.fresh :]
 
 
+def _rising_weights(window: Window) -> Bools:
+    """The weights of which the condition above may be true: the others are not looked at."""
+    return _rising(window, Role.WEIGHT, {4: 4 * at.WEIGHT_GROWTH_BITS})  # four rows are four steps or more
+
+
 def _rising_inputs(window: Window) -> Bools:
-    """The inputs of which a condition below may be true: most rise so much in no row, and are not looked at."""
-    inputs = window.of_role(Role.INPUT)
-    amax = window.amax_exp2[..., inputs]
-    rising = np.isnan(amax).any(axis=(0, 1))
-    for back, bits in ((1, at.INPUT_RISE_BITS), (3, at.INPUT_RISE_BITS), (64, at.INPUT_GROWTH_BITS)):
+    """The inputs of which a condition below may be true, and those with rows that say nothing."""
+    rising = _rising(window, Role.INPUT, {1: at.INPUT_RISE_BITS, 3: at.INPUT_RISE_BITS, 64: at.INPUT_GROWTH_BITS})
+    return rising | (window.of_role(Role.INPUT) & np.isnan(window.amax_exp2).any(axis=(0, 1)))
+
+
+def _rising(window: Window, role: Role, bits: Mapping[int, float]) -> Bools:
+    """The tensors of a role that rise by so many bits within so many rows, in any fresh row."""
+    which = window.of_role(role)
+    amax = window.amax_exp2[..., which]
+    rising = np.zeros(amax.shape[-1], dtype=bool)
+    for back, least in bits.items():
         first = max(window.fresh, back)
         with np.errstate(invalid="ignore"):
-            rising |= (amax[:, first:] - amax[:, first - back : -back] >= bits).any(axis=(0, 1))
-    which = inputs.copy()
-    which[inputs] = rising
+            rising |= (amax[:, first:] - amax[:, first - back : -back] >= least).any(axis=(0, 1))
+    which[which] = rising
     return which
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,9 +12,11 @@ import numpy as np
 from fp8scope_collector.diagnosis import changes
 from fp8scope_collector.diagnosis import thresholds as at
 from fp8scope_collector.diagnosis.finding import Finding, Rule, Severity, findings
-from fp8scope_collector.diagnosis.rolling import mean
+from fp8scope_collector.diagnosis.rolling import mean, median
 from fp8scope_collector.diagnosis.window import Ints, Window
 from fp8scope_collector.storage.readmodels import Slot
+
+AT_ONCE = 200_000  # rows of tensors: what a processor keeps near itself
 
 
 def check(window: Window) -> Iterator[Finding]:
@@ -23,17 +26,25 @@ def check(window: Window) -> Iterator[Finding]:
     Info: it is usual, and says which layers deserve a recipe of their own. Trust: after 32 rows.
     Source: arXiv 2309.17224, figures 6 to 9: the first layer's inputs, the last layer's gradients.
     """
-    new = window.recent(0)
-    level = mean(window.amax_exp2, 16, at_least=8)[:, window.fresh :]
-    apart = np.full(level.shape, np.nan)
+    ends, apart = [], []
     for families in _families(window.slots):
-        with np.errstate(invalid="ignore"):
-            middle = np.median(level[..., families[:, 1:-1]], axis=-1)
-        for end in (0, -1):
-            apart[..., families[:, end]] = level[..., families[:, end]] - middle
-    size = np.nan_to_num(np.abs(apart))
+        at_once = max(1, AT_ONCE // (window["amax"][..., 0].size * families.shape[1]))
+        for start in range(0, len(families), at_once):
+            some = families[start : start + at_once]
+            level = mean(window.amax_exp2[..., some.ravel()], 16, at_least=8)[:, window.fresh :]
+            level = level.reshape(*level.shape[:2], *some.shape)
+            middle = median(level[..., 1:-1])
+            ends += [some[:, 0], some[:, -1]]
+            apart += [level[..., 0] - middle, level[..., -1] - middle]
+    if not ends:
+        return
+    which = np.concatenate(ends)
+    order = np.argsort(which)
+    which, bits = which[order], np.concatenate(apart, axis=-1)[..., order]
+    new = replace(window.recent(0), slots=tuple(window.slots[slot] for slot in which))
+    size = np.nan_to_num(np.abs(bits))
     bad = (size >= at.DEPTH_BITS) & (new.age >= at.SETTLED_ROWS)
-    numbers = {"bits": apart, "scale_exp2": new.scale_exp2}
+    numbers = {"bits": bits, "scale_exp2": window.recent(0).scale_exp2[..., which]}
     still = size >= at.DEPTH_BITS - 1
     yield from findings(new, RULE.name, bad, size, severity=Severity.INFO, still=still, numbers=numbers)
 

@@ -21,8 +21,10 @@ def check(window: Window) -> Iterator[Finding]:
     has left the history. A warning where a third of the format's range is lost, else info.
     Trust: four rows after the value. Source: Transformer Engine's rules (a history of 1024 keeps a value 1024 casts).
     """
-    lost = smallest(window.headroom, at.PINNED_ROWS) - window.margins
     by_max = window.of_recipe(lambda recipe: isinstance(recipe, DelayedScaling) and recipe.algo == "max") == 1
+    if not ((window.headroom - window.margins >= at.PINNED_BITS) & by_max).any():
+        return  # of most windows
+    lost = smallest(window.headroom, at.PINNED_ROWS) - window.margins
     pinned = (lost >= at.PINNED_BITS) & by_max
     fell = (before(window.scale_exp2, 1) - window.scale_exp2 >= at.PINNED_BY_BITS) & (window.age >= 3)
     bad = pinned & (counted(fell, 2 * at.PINNED_ROWS) > 0)

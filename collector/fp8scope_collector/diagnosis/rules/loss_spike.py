@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 import numpy as np
 
@@ -27,12 +28,13 @@ def check(window: Window) -> Iterator[Finding]:
         known = known[np.isfinite(known)]
         if known.size < at.LOSS_ROWS // 2 or not np.isfinite(point.value):
             continue
-        median = float(np.median(known))
-        spread = 1.4826 * float(np.median(np.abs(known - median)))
-        above = point.value - median
-        if above > max(at.LOSS_SPREADS * spread, at.LOSS_SHARE * abs(median)) and above > excess[0, point.row, 0]:
+        usually = median(known.tolist())
+        above = point.value - usually
+        if above <= max(at.LOSS_SHARE * abs(usually), excess[0, point.row, 0]):
+            continue
+        if above > at.LOSS_SPREADS * 1.4826 * median(np.abs(known - usually).tolist()):
             bad[0, point.row, 0] = True
-            excess[0, point.row, 0], loss[0, point.row, 0], usual[0, point.row, 0] = above, point.value, median
+            excess[0, point.row, 0], loss[0, point.row, 0], usual[0, point.row, 0] = above, point.value, usually
     numbers = {"loss": loss, "usual": usual}
     yield from findings(
         window, RULE.name, bad, excess, numbers=numbers, note=lambda row, _: _moved(window, row), of_run=True

@@ -22,6 +22,8 @@ def check(window: Window) -> Iterator[Finding]:
     is large, else over several. The first two rows under delayed scaling (scale 1, then one amax) are left out.
     Trust: counts are exact. Source: arXiv 2310.18313 (share), 2309.17224 figure 5 (constants).
     """
+    if not (window["overflow"] > 0).any():
+        return
     ratio = window.ratio("overflow")
     just_in_time = window.under(AmaxScaling, CurrentScaling)
     constant = window.under(ConstantScaling)

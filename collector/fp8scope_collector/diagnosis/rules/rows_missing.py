@@ -21,7 +21,10 @@ def check(window: Window) -> Iterator[Finding]:
     here = window.rank_present
     missing = np.maximum(_skipped_steps(window), _skipped_by_rank(here))
     yield from findings(window, RULE.name, here & (missing > 0), missing, numbers={"missing": missing}, of_run=True)
-    gone = ~window.present & here & (counted(window.present, 64) > 0)
+    gone = ~window.present & here
+    if not gone.any():
+        return
+    gone &= counted(window.present, 64) > 0
     one = gone.astype(np.float64)
     yield from findings(window, RULE.name, gone, one, severity=Severity.INFO, numbers={"missing": one})
 

@@ -20,10 +20,11 @@ def check(window: Window) -> Iterator[Finding]:
     Trust: exact. Source: the clamp of 31 in the code of arXiv 2309.17224, which a small GPT's gradients reach.
     """
     clamps = window.of_recipe(lambda recipe: recipe.clamp if isinstance(recipe, AmaxScaling) else MAX_SCALE_EXP2)
+    at_clamp = (np.abs(window.scale_exp2) >= clamps) & window.under(AmaxScaling, CurrentScaling, DelayedScaling)
+    if not at_clamp.any():
+        return
     excess = window.headroom - window.margins
-    missed = (excess < 0) | (excess > 1)
-    scaled = window.under(AmaxScaling, CurrentScaling, DelayedScaling)
-    held = (np.abs(window.scale_exp2) >= clamps) & missed & scaled
+    held = at_clamp & ((excess < 0) | (excess > 1))
     severity = np.where(window["overflow"] > 0, Severity.CRITICAL, Severity.WARNING)
     numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom, "missing": excess}
     yield from findings(

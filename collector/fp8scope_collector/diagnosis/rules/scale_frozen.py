@@ -32,10 +32,12 @@ def check(window: Window) -> Iterator[Finding]:
     with np.errstate(invalid="ignore"):
         same = (scale == before(scale, 1)) & (scale == window["scale_max"])
     excess = window.headroom - window.margins
-    off = np.abs(np.where(excess > 0, np.maximum(excess - at.FROZEN_BITS, 0), excess)) > at.FROZEN_BITS
+    off = (excess - at.FROZEN_BITS > at.FROZEN_BITS) | (excess < -at.FROZEN_BITS)
     stale = same & off & window.under(AmaxScaling, CurrentScaling) & ~_clamped(window)
     initial = (scale == 1) & off & window.under(DelayedScaling) & (window.age >= 1)
     still = stale | initial | (same & (_unheeded(window) | forgotten))
+    if not still.any():
+        return
     bad = all_of_last(still, at.FROZEN_ROWS)
     worst = np.abs(np.nan_to_num(excess))
     numbers = {"scale_exp2": window.scale_exp2, "headroom": window.headroom}

@@ -21,13 +21,18 @@ def check(window: Window) -> Iterator[Finding]:
     bits.
     Trust: one row. Source: arXiv 2309.17224, figures 7 to 9: a weight's scaling bias moves by 1, and seldom.
     """
+    weights = window.of_role(Role.WEIGHT)
+    amax = window["amax"][..., weights]
     with np.errstate(divide="ignore", invalid="ignore"):
-        bits = np.log2(window["amax"] / before(window["amax"], 1))
-    size = np.where(np.isfinite(bits), np.abs(bits), 0.0)
-    watched = window.of_role(Role.WEIGHT) & (window.age >= at.DEAD_ROWS)
+        moved = np.log2(amax / before(amax, 1))
+    far = np.where(np.isfinite(moved), np.abs(moved), 0.0)
+    if not (far >= at.WEIGHT_JUMP_BITS).any():
+        return
+    bits, size = np.full(window["amax"].shape, np.nan), np.zeros(window["amax"].shape)
+    bits[..., weights], size[..., weights] = moved, far
     severity = np.where(size >= at.WEIGHT_JUMP_CRITICAL_BITS, Severity.CRITICAL, Severity.WARNING)
     numbers = {"bits": bits, "amax": window["amax"]}
-    bad = (size >= at.WEIGHT_JUMP_BITS) & watched
+    bad = (size >= at.WEIGHT_JUMP_BITS) & (window.age >= at.DEAD_ROWS)
     yield from findings(window, RULE.name, bad, size, severity=severity, numbers=numbers)
 
 
