@@ -29,7 +29,7 @@ from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_t
 from fp8scope_collector.turns import Lane, Turns
 
 HOUSEKEEPING_S = 5.0
-CATCH_UP_S = 1.5  # at most, between two rounds of work
+CATCH_UP_SHARE = 0.25  # of the writer's time, while others wait for it
 REGISTRATIONS_AT_ONCE = 8  # between two groups: a job of 512 ranks must not hold up the others when it starts
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
@@ -81,6 +81,7 @@ class Ingest:
         self._seen: dict[int, Seen] = {}
         self._used_tokens: dict[int, int] = {}
         self._closing = False
+        self._behind = True  # the writer thread's own: there may be rows of a predecessor to roll up
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fp8scope-writer", daemon=True)
         self._thread.start()
@@ -136,9 +137,8 @@ class Ingest:
 
     def _run(self) -> None:
         try:
-            self._housekeeping()
-            housekeeping_due = time.monotonic() + HOUSEKEEPING_S
-            while (work := self._take(housekeeping_due)) is not None:
+            housekeeping_due = catch_up_due = time.monotonic()
+            while (work := self._take(0.0 if self._behind else housekeeping_due)) is not None:
                 registrations, group = work
                 for registration in registrations:
                     self._register(registration)
@@ -149,6 +149,11 @@ class Ingest:
                 if time.monotonic() >= housekeeping_due:
                     self._housekeeping()
                     housekeeping_due = time.monotonic() + HOUSEKEEPING_S
+                idle = not registrations and not group
+                if self._behind and (idle or time.monotonic() >= catch_up_due):
+                    started = time.monotonic()
+                    self._catch_up()
+                    catch_up_due = time.monotonic() + (time.monotonic() - started) * (1 / CATCH_UP_SHARE - 1)
             self._housekeeping()
         except _HaltedError:
             pass
@@ -227,10 +232,7 @@ class Ingest:
             if used:
                 self._persist(lambda: self._writer.touch_tokens(used))
             self._persist(self._writer.roll_up)
-            until = time.monotonic() + CATCH_UP_S
-            while self._persist(lambda: self._writer.catch_up(now_unix_ns=self._unix_ns())):
-                if time.monotonic() > until or self._closing:
-                    break
+            self._behind = True  # perhaps: the next slice looks
             runs, size = self._persist(lambda: self._writer.overview(MAX_RUNS))
             findings = self._persist(lambda: self._writer.findings(FINDINGS_PER_RUN))
         except _HaltedError:
@@ -240,6 +242,16 @@ class Ingest:
         else:
             self._metrics.observe_database(runs, size)
             self._metrics.observe_findings(findings)
+
+    def _catch_up(self) -> None:
+        """One slice of the rows that nobody has rolled up: a new collector serves its agents between two."""
+        try:
+            self._behind = self._persist(lambda: self._writer.catch_up(now_unix_ns=self._unix_ns()))
+        except _HaltedError:
+            raise
+        except Exception:
+            log.exception("catching up failed")
+            self._behind = False
 
     def _persist(self, action: Callable[[], T]) -> T:
         """Repeats `action` until the database takes it, unless the fault is in what is written."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Opening, Source
 from fp8scope_collector.metrics import Metrics
+from fp8scope_collector.storage.findings import FindingsNow
 from fp8scope_collector.storage.overview import RunState
 from fp8scope_collector.storage.stats_store import Pace
 from fp8scope_collector.storage.writer import Committed, Seen
@@ -37,9 +39,12 @@ class FakeWriter:
         self.seen: dict[int, Seen] = {}
         self.deleted = False
         self.busy = False  # with a group
+        self.slices = 0  # of rows to catch up with
+        self.calls: list[str] = []
 
     def register(self, opening: Opening, *, now_unix_ns: int) -> Source:
         self._wait()
+        self.calls.append("register")
         return _source()
 
     def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
@@ -48,11 +53,25 @@ class FakeWriter:
         if bad := [batch.seq for batch in group if batch.seq in self.poison]:
             raise sqlite3.IntegrityError(f"{bad}")
         self.groups.append([batch.seq for batch in group])
+        self.calls.append("commit")
         return Committed((True,) * len(group), {} if self.deleted else {1: max(batch.seq for batch in group)})
 
     def touch(self, seen: dict[int, Seen]) -> None:
         self._wait()
         self.seen |= seen
+
+    def roll_up(self) -> None:
+        """Nothing is in memory."""
+
+    def catch_up(self, *, now_unix_ns: int) -> bool:
+        if self.slices:
+            time.sleep(0.002)
+            self.slices -= 1
+            self.calls.append("catch up")
+        return self.slices > 0
+
+    def findings(self, per_run: int) -> FindingsNow:
+        return FindingsNow((), (), 0)
 
     def overview(self, limit: int) -> tuple[list[RunState], int]:
         return [], 1
@@ -204,6 +223,36 @@ def test_signs_of_life_are_written_with_the_housekeeping(wire: Any, monkeypatch:
     _run(scenario)
 
 
+def test_who_opens_or_sends_is_served_between_two_slices_of_what_a_predecessor_left(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        await _until(lambda: "catch up" in writer.calls)
+
+        before = len(writer.calls)
+        await ingest.register(decode_open(wire.open(), Limits()))
+        lane = Lane(_source())
+        await _put_all(ingest, lane, [_batch(wire, 1)])
+        await _until(lambda: lane.owed == 0)
+
+        assert writer.slices > 0
+        assert writer.calls[before:].index("register") <= 2
+        await _until(lambda: writer.slices == 0)
+
+    _run(scenario, slices=500)
+
+
+def test_a_busy_collector_goes_on_catching_up(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in range(1, 2001)])
+        await _until(lambda: lane.owed == 0)
+
+        last = len(writer.calls) - writer.calls[::-1].index("commit")
+        assert writer.calls[writer.calls.index("commit") : last].count("catch up") >= 3
+
+    _run(scenario, Pace(group_rows=6), slices=500, queue_bytes=10 * _batch(wire, 1).size_bytes)
+
+
 def test_close_writes_what_is_queued(wire: Any) -> None:
     async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
         lane = Lane(_source())
@@ -231,9 +280,10 @@ def test_close_gives_up_on_a_database_that_stays_away(wire: Any) -> None:
     _run(scenario)
 
 
-def _run(scenario: Any, pace: Pace = Pace(), **limits: int) -> None:  # noqa: B008  # frozen
+def _run(scenario: Any, pace: Pace = Pace(), slices: int = 0, **limits: int) -> None:  # noqa: B008  # frozen
     async def main() -> None:
         writer, metrics = FakeWriter(), Metrics("0")
+        writer.slices = slices
         ingest = Ingest(writer, metrics, replace(Limits(), **limits), pace)  # type: ignore[arg-type]  # a fake
         try:
             await scenario(ingest, writer, metrics)
