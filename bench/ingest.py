@@ -1,7 +1,9 @@
 """How many rows a second a collector acknowledges: real gRPC, client processes, each database with full durability.
 
-Each stream sends batches of one step of 560 layers (1,680 rows), zstd level 1, as agents do: at most `window` of them
-unacknowledged, and each in its turn, as the collector says. Clients, server and database share the machine's cores.
+Each stream has a connection of its own and sends batches of one step of 560 layers (1,680 rows), zstd level 1, as
+agents do: at most `window` of them unacknowledged, and each in its turn, as the collector says. Clients, server and
+database share the machine's cores. Agents would be on other machines, so a client is one event loop for all its
+streams, and streams of one kind send the same bytes, made once: 512 with threads cost more than the collector did.
 Latency is from before a batch is handed to gRPC until its acknowledgement is read. A saturated stream also waits for
 its turn, with nothing sent; how often one comes is what the rate leaves to each stream.
 
@@ -14,7 +16,10 @@ bench/scaling.py. One line takes its seconds and 15 to 30 more.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import gc
+import itertools
 import json
 import os
 import re
@@ -37,7 +42,6 @@ from engines import ENGINES, database
 from fp8core.records import FIELDS
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_protos.v1 import telemetry_pb2 as pb
-from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 from ingest_peers import compared
 from measured import machine
 
@@ -46,6 +50,9 @@ ROWS = 1680
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
 WARM_UP_S = 3.0
 CLIENTS = 2
+KINDS = 4  # of streams, each with messages of its own: eight streams share none
+KEPT = 128  # messages of a kind
+METHOD = f"/{pb.DESCRIPTOR.services_by_name['Telemetry'].full_name}/Stream"
 RESULTS = Path(__file__).parent / "results" / "ingest.json"
 NAMES = {"sqlite": "SQLite (synchronous=FULL)", "postgresql": "PostgreSQL", "clickhouse": "ClickHouse (chDB)"}
 
@@ -86,8 +93,8 @@ def page(results: dict[str, Any]) -> str:
         "a reader that asks the dashboard's questions once a second share the cores: `bench/ingest.py`.",
         "",
         "| database | streams | rows/s | first, last 10 s | send to acknowledgement, median | p99 "
-        "| collector's peak memory | bytes a row on disk | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| collector's peak memory | processor time a row: collector, clients | bytes a row on disk | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *map(row_of, lines),
         "",
         "The same rows through other tools, beside the fastest of the last run (`bench/ingest_peers.py`):",
@@ -103,9 +110,16 @@ def row_of(line: dict[str, Any]) -> str:
         f"| {NAMES[line['engine']]} | {line['streams']} | {line['rows_per_s']:,.0f} "
         f"| {line.get('first_rows_per_s', 0):,.0f}, {line.get('last_rows_per_s', 0):,.0f} "
         f"| {line['median_ms']:,.0f} ms | {line['p99_ms']:,.0f} ms | {line['peak_mib']:,.0f} MiB "
-        f"| {line['bytes_per_row']:.0f} "
+        f"| {processor_of(line)} | {line['bytes_per_row']:.0f} "
         f"| {line['seconds']:g} s on {line['machine']}, {line['month']} |"
     )
+
+
+def processor_of(line: dict[str, Any]) -> str:
+    """What a row cost, of a line that says it."""
+    if "collector_us_per_row" not in line:
+        return ""
+    return f"{line['collector_us_per_row']:.1f}, {line['clients_us_per_row']:.1f} µs"
 
 
 def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | None = None) -> dict[str, Any]:
@@ -133,7 +147,7 @@ def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | No
                 )
                 for share in shares
             ]
-            with meanwhile(target.url):
+            with meanwhile(target.url), watching(server.pid) as used:
                 results = [json.loads(client.communicate()[0]) for client in clients]
             peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
             assert peak
@@ -146,6 +160,8 @@ def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | No
         latencies = np.concatenate([result["latencies_s"] for result in results])
         at = np.concatenate([result["acknowledged_s"] for result in results])
         edge = min(10.0, seconds / 2)
+        noted_s, used_s = np.array(used).T
+        of_server = [np.interp(result["measured_s"], noted_s, used_s) for result in results]
         return {
             "engine": engine,
             "streams": streams,
@@ -154,6 +170,8 @@ def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | No
             "last_rows_per_s": round(int((at >= seconds - edge).sum()) * ROWS / edge),
             "median_ms": round(float(np.median(latencies)) * 1e3, 1),
             "p99_ms": round(float(np.quantile(latencies, 0.99)) * 1e3, 1),
+            "collector_us_per_row": round(1e6 * float(np.mean([end - start for start, end in of_server])) / rows, 2),
+            "clients_us_per_row": round(1e6 * sum(result["processor_s"] for result in results) / rows, 2),
             "peak_mib": round(int(peak[1]) / 1024),
             "bytes_per_row": round(target.size_bytes() / stored, 1),
             "seconds": seconds,
@@ -164,28 +182,41 @@ def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | No
 
 def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
     """Sends over `streams` streams until time is up; what was acknowledged within the measured time."""
-    latencies: list[float] = []
-    times: list[float] = []
-    totals: list[int] = []
-    window = Window(seconds, streams)
+    gc.disable()  # hundreds of channels are looked through at each full collection: seconds of a core, all told
+    return asyncio.run(all_streams(address, streams, seconds))
 
-    def send() -> None:
-        own, at, acknowledged = converse(address, window)
-        latencies.extend(own)
-        times.extend(at)
-        totals.append(acknowledged)
 
-    threads = [threading.Thread(target=send) for _ in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+async def all_streams(address: str, streams: int, seconds: float) -> dict[str, object]:
+    """Every stream has a connection of its own, as agents have."""
+    window, messages = Window(seconds, streams), Messages()
+    done = await asyncio.gather(*(converse(address, window, messages, stream) for stream in range(streams)))
+    latencies, times, totals = zip(*done, strict=True)
     return {
-        "rows": len(latencies) * ROWS,
+        "rows": sum(map(len, latencies)) * ROWS,
         "all_rows": sum(totals) * ROWS,
-        "latencies_s": latencies,
-        "acknowledged_s": times,
+        "latencies_s": [*itertools.chain(*latencies)],
+        "acknowledged_s": [*itertools.chain(*times)],
+        "measured_s": (window.start, window.end),  # CLOCK_MONOTONIC: the machine's
+        "processor_s": window.processor_s,
     }
+
+
+class Messages:
+    """What the streams send, as bytes. Streams of one kind share them: other machines would have made theirs."""
+
+    def __init__(self) -> None:
+        self._columns = [first_columns(kind) for kind in range(KINDS)]
+        self._compressor = zstandard.ZstdCompressor(level=1)
+        self._made: dict[tuple[int, int], bytes] = {}
+
+    def of(self, stream: int, seq: int) -> bytes:
+        """The stream's batch number `seq`."""
+        key = (stream % KINDS, seq)
+        if key not in self._made:
+            stats = batch(seq, self._columns[key[0]], self._compressor)
+            self._made[key] = pb.ClientMessage(stats=stats, more=True).SerializeToString()
+            self._made.pop((key[0], seq - KEPT), None)
+        return self._made[key]
 
 
 class Window:
@@ -194,37 +225,36 @@ class Window:
     def __init__(self, seconds: float, streams: int) -> None:
         self._seconds = seconds
         self._closed = streams
-        self._lock = threading.Lock()
         self.start = self.end = float("inf")
+        self.processor_s = 0.0
 
     def opened(self) -> None:
         """One stream more is open."""
-        with self._lock:
-            self._closed -= 1
-            if self._closed == 0:
-                self.start = time.perf_counter() + WARM_UP_S
-                self.end = self.start + self._seconds
+        self._closed -= 1
+        if self._closed == 0:
+            self.start = time.perf_counter() + WARM_UP_S
+            self.end = self.start + self._seconds
+            loop = asyncio.get_running_loop()
+            loop.call_later(WARM_UP_S, self._account, -1)
+            loop.call_later(WARM_UP_S + self._seconds, self._account, +1)
+
+    def _account(self, sign: int) -> None:
+        self.processor_s += sign * time.process_time()
 
 
-def converse(address: str, window: Window) -> tuple[list[float], list[float], int]:
+async def converse(
+    address: str, window: Window, messages: Messages, number: int
+) -> tuple[list[float], list[float], int]:
     """One agent: latencies of the batches acknowledged in the measured time, when that was, and how many in all."""
-    ready = threading.Semaphore(0)
-    sent_at: list[float] = []
-
-    def requests() -> Iterator[pb.ClientMessage]:
-        yield pb.ClientMessage(open=opening(), more=True)
-        compressor = zstandard.ZstdCompressor(level=1)
-        columns = first_columns()
-        while ready.acquire() and time.perf_counter() < window.end:
-            sent_at.append(time.perf_counter())
-            yield pb.ClientMessage(stats=batch(len(sent_at), columns, compressor), more=True)
-
     latencies: list[float] = []
     times: list[float] = []
-    acknowledged = allowed = may_be_sent = most_under_way = 0
-    with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        stub = pb_grpc.TelemetryStub(channel)  # type: ignore[no-untyped-call]  # generated
-        for message in stub.Stream(requests()):
+    sent_at: list[float] = []
+    acknowledged = allowed = most_under_way = 0
+    writing = True
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stream: Any = channel.stream_stream(METHOD, response_deserializer=pb.ServerMessage.FromString)()
+        await stream.write(pb.ClientMessage(open=opening(), more=True).SerializeToString())
+        while isinstance(message := await stream.read(), pb.ServerMessage):
             now = time.perf_counter()
             if message.window:
                 most_under_way = message.window
@@ -235,12 +265,33 @@ def converse(address: str, window: Window) -> tuple[list[float], list[float], in
                     times.append(now - window.start)
                 acknowledged += 1
             allowed = max(allowed, message.turns)
-            if more := min(allowed, acknowledged + most_under_way) - may_be_sent:
-                may_be_sent += more
-                ready.release(more)
-            if now > window.end:
-                ready.release()  # it may wait for a turn
+            while now < window.end and len(sent_at) < min(allowed, acknowledged + most_under_way):
+                sent_at.append(time.perf_counter())
+                await stream.write(messages.of(number, len(sent_at)))
+            if writing and now >= window.end:
+                writing = False
+                await stream.done_writing()
     return latencies, times, acknowledged
+
+
+@contextlib.contextmanager
+def watching(process: int) -> Iterator[list[tuple[float, float]]]:
+    """When the process had used how many seconds of processor time, noted all the while."""
+    ticks, stop = os.sysconf("SC_CLK_TCK"), threading.Event()
+    used: list[tuple[float, float]] = []
+
+    def watch() -> None:
+        while not stop.wait(0.25):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            used.append((time.perf_counter(), (int(fields[11]) + int(fields[12])) / ticks))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield used
+    finally:
+        stop.set()
+        watcher.join()
 
 
 @contextlib.contextmanager
@@ -282,9 +333,9 @@ def opening() -> pb.Open:
     )
 
 
-def first_columns() -> dict[str, np.ndarray]:
+def first_columns(kind: int = 0) -> dict[str, np.ndarray]:
     """Columns of one step with values like those of a training run: noisy floats, mostly small counts."""
-    chance = np.random.default_rng(os.getpid())
+    chance = np.random.default_rng([os.getpid(), kind])
     columns: dict[str, np.ndarray] = {"slot": np.arange(ROWS, dtype="<u4")}
     for field in FIELDS:
         if field.dtype == "uint64":
