@@ -2,6 +2,7 @@
 
 Rows go in by the fastest way that each database has: SQLite by statements of many rows, PostgreSQL by binary COPY of
 numpy records. They are read in the order of their key, (source, step, slot); one slot by seeks on the steps it has.
+On PostgreSQL the newest rows of a run, a short span of each of hundreds of ranks, are read together, by COPY too.
 """
 
 from __future__ import annotations
@@ -85,23 +86,37 @@ class SqlStats:
         batch_rows: int = 50_000,
     ) -> Iterator[pa.RecordBatch]:
         """The spans' rows by a range of the key; a few slots by seeks on (source, step, slot)."""
-        stats, layout = schema.stats.c, row_schema(fields)
-        columns = [stats[name] for name in layout.names]
-        for span in spans:
-            if slots is None:
-                query = sa.select(*columns).where(
-                    stats.source_id == span.source_id, stats.step.between(span.first_step, span.last_step)
-                )
+        layout = row_schema(fields)
+        for some in _together(spans, slots) if self._by_portal and every == 1 else [[span] for span in spans]:
+            if self._by_portal and every == 1 and _steps(some) <= _short(slots):
+                table = _copied(connection, some, slots, layout)
+                yield from (table.slice(start, batch_rows) for start in range(0, table.num_rows, batch_rows))
             else:
-                walk = steps_of(schema.stats, history([span]), every=every)
-                here = sa.and_(
-                    stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot.in_(list(slots))
-                )
-                query = sa.select(*columns).join_from(walk, schema.stats, here).where(walk.c.step <= walk.c.last_step)
-            query = query.order_by(stats.step, stats.slot)
-            with connection.execute(query, execution_options={"stream_results": self._by_portal}) as result:
-                assert result.cursor
-                yield from _batches(result if self._by_portal else result.cursor, layout, batch_rows)
+                yield from self._rows_of(connection, some[0], layout, slots, every, batch_rows)
+
+    def _rows_of(
+        self,
+        connection: sa.Connection,
+        span: Span,
+        layout: pa.Schema,
+        slots: Sequence[int] | None,
+        every: int,
+        batch_rows: int,
+    ) -> Iterator[pa.RecordBatch]:
+        stats = schema.stats.c
+        columns = [stats[name] for name in layout.names]
+        if slots is None:
+            query = sa.select(*columns).where(
+                stats.source_id == span.source_id, stats.step.between(span.first_step, span.last_step)
+            )
+        else:
+            walk = steps_of(schema.stats, history([span]), every=every)
+            here = sa.and_(stats.source_id == walk.c.source_id, stats.step == walk.c.step, stats.slot.in_(list(slots)))
+            query = sa.select(*columns).join_from(walk, schema.stats, here).where(walk.c.step <= walk.c.last_step)
+        query = query.order_by(stats.step, stats.slot)
+        with connection.execute(query, execution_options={"stream_results": self._by_portal}) as result:
+            assert result.cursor
+            yield from _batches(result if self._by_portal else result.cursor, layout, batch_rows)
 
     def close(self) -> None:
         """Nothing: the engine is the caller's."""
@@ -166,6 +181,7 @@ def _insert_statement(rows: int) -> str:
 _NATIVE = {"source_id": "i8", "step": "i8", "slot": "i4"} | {
     field.name: {"float32": "f4", "float64": "f8", "uint64": "i8"}[field.dtype] for field in FIELDS
 }
+_OPTIONAL = {field.name for field in FIELDS}
 _TABLE = np.dtype([*_NATIVE.items(), ("arrival", "i8"), ("null", "u2")])  # null: a bit for each of FIELDS
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"
@@ -241,3 +257,66 @@ def _copy_records(rows: npt.NDArray[np.void], columns: Sequence[str], null: int)
     for column in present:
         records[column] = rows[column]
     return records.tobytes()
+
+
+_SHORT_STEPS = 16  # of spans whose rows of all slots are read at once
+_SHORT_ROWS = 4096  # the same where only some slots are
+
+
+def _short(slots: Sequence[int] | None) -> int:
+    return _SHORT_STEPS if slots is None else _SHORT_ROWS // max(1, len(slots))
+
+
+def _steps(spans: Sequence[Span]) -> int:
+    return sum(span.last_step - span.first_step + 1 for span in spans)
+
+
+def _together(spans: Sequence[Span], slots: Sequence[int] | None) -> Iterator[list[Span]]:
+    """The spans in their order, short ones in groups; a long one comes alone."""
+    group: list[Span] = []
+    for span in spans:
+        if group and _steps([*group, span]) > _short(slots):
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group
+
+
+def _copied(
+    connection: sa.Connection, spans: Sequence[Span], slots: Sequence[int] | None, layout: pa.Schema
+) -> pa.RecordBatch:
+    """All rows of short spans by one COPY, whose records are of one size: what is null comes as NaN or -1."""
+    dtype = np.dtype([("fields", ">i2")] + [
+        column for name in layout.names for column in ((f"{name} size", ">i4"), (name, f">{_TABLE[name].str[1:]}"))
+    ])  # fmt: skip
+    null = {name: "'NaN'" if dtype[name].kind == "f" else "-1" for name in layout.names}
+    columns = [f"coalesce({name}, {null[name]})" if name in _OPTIONAL else name for name in layout.names]
+    parts = [[span.source_id for span in spans], [s.first_step for s in spans], [s.last_step for s in spans]]
+    arrays = ", ".join(f"ARRAY[{', '.join(map(str, map(int, part)))}]::bigint[]" for part in parts)
+    chosen = "" if slots is None else f" AND slot = ANY(ARRAY[{', '.join(map(str, map(int, slots)))}]::int[])"
+    query = (
+        f"COPY (SELECT {', '.join(columns)}"
+        f" FROM unnest({arrays}) WITH ORDINALITY AS span (source, first_step, last_step, number)"
+        " CROSS JOIN LATERAL generate_series(span.first_step, span.last_step) AS walk (at)"
+        " CROSS JOIN LATERAL"  # OFFSET: never a scan of the table that is joined
+        f" (SELECT * FROM stats WHERE source_id = span.source AND step = walk.at{chosen} OFFSET 0) AS found"
+        " ORDER BY span.number, step, slot) TO STDOUT (FORMAT BINARY)"
+    )
+    driver: psycopg.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # any driver's
+    try:
+        with driver.cursor() as cursor, cursor.copy(query) as copy:
+            data = b"".join(copy)
+    except psycopg.Error as error:
+        raise sa.exc.DBAPIError(query, None, error) from error
+    table = np.frombuffer(data[len(_COPY_HEADER) : -len(_COPY_TRAILER)], dtype)
+    arrow: list[pa.Array] = []
+    for field in layout:
+        values = table[field.name].astype(dtype[field.name].newbyteorder("="))
+        if field.name not in _OPTIONAL:
+            arrow.append(pa.array(values.astype(np.int64)))
+        elif values.dtype.kind == "f":
+            arrow.append(pa.array(values, from_pandas=True))
+        else:
+            arrow.append(pa.array(values.view(np.uint64), mask=values < 0))
+    return pa.RecordBatch.from_arrays(arrow, schema=layout)

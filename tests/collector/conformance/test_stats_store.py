@@ -106,6 +106,31 @@ def test_spans_and_slots_choose_rows(kept: Any, wire: Any) -> None:
     assert list(zip(*(some[name].to_pylist() for name in key), strict=True)) == [k for k in expected if k[2] in (1, 4)]
 
 
+def test_short_spans_of_many_sources_come_one_after_another_and_exactly(kept: Any, wire: Any) -> None:
+    sources = [register(kept, wire, rank=rank) for rank in range(7)]
+    for seq, step in enumerate([3, 4, 5, 40], start=1):
+        columns = wire.columns(step)
+        columns["amax"][:2] = math.nan
+        del columns["overflow"]
+        commit(kept, [decode(wire.stats(seq, columns), source) for source in sources])
+
+    spans = [Span(source.id, 1, 4, last) for source, last in zip(sources[::-1], (4, 8, 4, 50, 5, 4, 60), strict=True)]
+    spans.append(Span(sources[3].id, 1, 0, 3))
+    table, some = read(kept, spans, NAMES), read(kept, spans, NAMES, slots=[5, 0])
+
+    expected = [
+        (span.source_id, step, slot)
+        for span in spans for step in (3, 4, 5, 40) if span.first_step <= step <= span.last_step for slot in range(6)
+    ]  # fmt: skip
+    assert list(zip(*(table[name].to_pylist() for name in ("source_id", "step", "slot")), strict=True)) == expected
+    assert table["amax"].to_pylist() == [None if slot < 2 else step * 64 + slot for _, step, slot in expected]
+    assert table["overflow"].null_count == table.num_rows
+    for name in set(NAMES) - {"amax", "overflow"}:
+        index = NAMES.index(name)
+        assert table[name].to_pylist() == [step * 64 + slot + index for _, step, slot in expected]
+    assert some.equals(table.filter(np.isin(table["slot"].to_numpy(), [0, 5])))
+
+
 def test_of_each_stretch_of_steps_the_first_that_is_there_comes(kept: Any, wire: Any) -> None:
     sources = [register(kept, wire, rank=rank) for rank in (0, 1)]
     for source, steps in zip(sources, [(0, 1, 2, 5, 9, 10, 12), (3, 4, 7, 300)], strict=True):
