@@ -1,6 +1,8 @@
 """Copies a database while collectors write to it: SQLite by its backup interface, PostgreSQL by its own pg_dump.
 
-The copy is of one moment, and has its name only when it is complete.
+The copy is of one moment, and has its name only when it is complete. Statistics in ClickHouse or chDB are not in it;
+`beside` says how they are copied, always after this: what they have and the copy does not know is recognised when it is
+sent again, and what it says is committed is there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from fp8scope_collector.config import ConfigError
-from fp8scope_collector.storage.engine import open_engine
+from fp8scope_collector.storage.engine import open_engine, open_stats
 
 PAGES = 2_048  # copied between two reports
 
@@ -42,6 +44,18 @@ def back_up(url: str, out: Path, report: Callable[[int, int], None]) -> int:
         unfinished.unlink(missing_ok=True)
         engine.dispose()
     return out.stat().st_size
+
+
+def beside(url: str) -> str | None:
+    """What to do about statistics that a copy of the database does not have; None where it has them.
+
+    Raises:
+        StorageError: as `open_engine` and `open_stats`.
+    """
+    engine = open_engine(url, read_only=True)
+    store = open_stats(engine)
+    engine.dispose()
+    return store.backup_hint
 
 
 def _copy_sqlite(engine: sa.Engine, out: Path, report: Callable[[int, int], None]) -> None:

@@ -233,14 +233,14 @@ class Ingest:
                 self._persist(lambda: self._writer.touch_tokens(used))
             self._persist(self._writer.roll_up)
             self._behind = True  # perhaps: the next slice looks
-            runs, size = self._persist(lambda: self._writer.overview(MAX_RUNS))
+            runs, *sizes = self._persist(lambda: self._writer.overview(MAX_RUNS))
             findings = self._persist(lambda: self._writer.findings(FINDINGS_PER_RUN))
         except _HaltedError:
             raise
         except Exception:
             log.exception("housekeeping failed")
         else:
-            self._metrics.observe_database(runs, size)
+            self._metrics.observe_database(runs, *sizes)
             self._metrics.observe_findings(findings)
 
     def _catch_up(self) -> None:

@@ -71,6 +71,7 @@ class Metrics(Collector):
         self._retries = 0
         self._database_up = True
         self._database_bytes = 0
+        self._statistics_bytes = 0
         self._runs: list[RunState] = []
         self._findings: FindingsNow | None = None
         self._totals: OrderedDict[int, _RunTotals] = OrderedDict()  # by run id, least recently active first
@@ -132,11 +133,12 @@ class Metrics(Collector):
             self._database_up = up
             self._retries += not up
 
-    def observe_database(self, runs: Sequence[RunState], database_bytes: int) -> None:
-        """What the database says of the runs seen last."""
+    def observe_database(self, runs: Sequence[RunState], database_bytes: int, statistics_bytes: int = 0) -> None:
+        """What the database says of the runs seen last, its size, and that of statistics beside it."""
         with self._lock:
             self._runs = list(runs)
             self._database_bytes = database_bytes
+            self._statistics_bytes = statistics_bytes
 
     def observe_findings(self, findings: FindingsNow) -> None:
         """What diagnosis says is wrong now."""
@@ -182,6 +184,11 @@ class Metrics(Collector):
             CounterMetricFamily("fp8scope_database_retries", "Uses of the database that failed", self._retries),
             GaugeMetricFamily("fp8scope_database_up", "1 if the last use of the database worked", self._database_up),
             GaugeMetricFamily("fp8scope_database_bytes", "Size of the database", self._database_bytes),
+            GaugeMetricFamily(
+                "fp8scope_statistics_bytes",
+                "Size of statistics in ClickHouse or chDB; 0 where they are in the database",
+                self._statistics_bytes,
+            ),
         ]
 
     def _progress(self) -> list[Metric]:

@@ -115,8 +115,9 @@ def backup_command(
     as_json: AsJson = False,
 ) -> None:
     """Copy the database to a file, while collectors write: SQLite as a database, PostgreSQL as pg_dump's archive."""
-    from fp8scope_collector.backup import back_up
+    from fp8scope_collector.backup import back_up, beside
 
+    hint = beside(db)
     started = time.monotonic()
     progress = Progress("copying", "pages")
     size = back_up(db, out, progress)
@@ -124,8 +125,8 @@ def backup_command(
     seconds = time.monotonic() - started
     _say(
         as_json,
-        {"file": str(out), "bytes": size, "seconds": round(seconds, 3)},
-        f"{out}: {bytes_text(size)} in {seconds:.1f} s",
+        {"file": str(out), "bytes": size, "seconds": round(seconds, 3)} | ({"missing": hint} if hint else {}),
+        f"{out}: {bytes_text(size)} in {seconds:.1f} s" + (f"; {hint}" if hint else ""),
     )
 
 

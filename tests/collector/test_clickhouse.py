@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from fp8scope_collector.storage.clickhouse import ClickHouseStats
 from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span, int_div
+from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.storage.writer import StatsWriter
 
@@ -148,6 +151,46 @@ def test_another_process_is_told_that_chdb_belongs_to_one(chdb: Beside, wire: An
     assert said.returncode == 1
     assert "a chDB folder belongs to one process at a time, and one has it, most likely a collector" in said.stderr
     assert "Traceback" not in said.stderr
+
+
+def test_a_copy_made_as_backup_says_has_every_row_and_metrics_know_the_size(
+    start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/test.db?stats=chdb:///{tmp_path}/stats"
+    collector = start_collector(url)
+    opening = wire.open()
+    stream = connect(collector.grpc, opening)
+    for seq in (1, 2, 3):
+        stream.send(stats=wire.stats(seq, wire.columns(seq)))
+    stream.wait_ack(3)
+
+    said = json.loads(run("backup", str(tmp_path / "copy.db"), "--db", url, "--json").stdout)["missing"]
+    stream.send(stats=wire.stats(4, wire.columns(4)))
+    stream.wait_ack(4)
+    assert collector.terminate() == 0
+    command = said.partition("`")[2].partition("`")[0].replace("COPY", str(tmp_path / "copied"))
+    subprocess.run(command.split(), check=True)
+
+    copy = f"sqlite:///{tmp_path}/copy.db?stats=chdb:///{tmp_path}/copied"
+    again = start_collector(copy)
+    stream = connect(again.grpc, opening)
+    assert stream.opened.up_to_seq == 3, "batch 4 is in the copied statistics and not in the copied database"
+    stream.send(stats=wire.stats(4, wire.columns(4)))
+    stream.wait_ack(4)
+    assert 500 < again.metrics()[("fp8scope_statistics_bytes",)] < 1_000_000
+    assert again.terminate() == 0
+    with contextlib.closing(Reader(copy)) as reader:
+        rows = pa.Table.from_batches(reader.rows(reader.run("run").id))
+    assert rows["step"].to_pylist() == [step for step in (1, 2, 3, 4) for _ in range(6)]
+
+
+def test_a_clickhouse_server_is_backed_up_by_its_own_command() -> None:
+    one = ClickHouseStats(sa.make_url("clickhouse://user:secret@host:8123/telemetry"))
+    cluster = ClickHouseStats(sa.make_url("clickhouse://user:secret@host:8123/telemetry?cluster=all"))
+
+    assert "BACKUP TABLE telemetry.stats, TABLE telemetry.stats_step TO Disk(" in one.backup_hint
+    assert "TABLE telemetry.stats_step_local ON CLUSTER 'all' TO Disk(" in cluster.backup_hint
+    assert "secret" not in one.backup_hint + cluster.backup_hint
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ class FakeWriter:
     def findings(self, per_run: int) -> FindingsNow:
         return FindingsNow((), (), 0)
 
-    def overview(self, limit: int) -> tuple[list[RunState], int]:
-        return [], 1
+    def overview(self, limit: int) -> tuple[list[RunState], int, int]:
+        return [], 1, 0
 
     def _wait(self) -> None:
         self.open.wait(20)

@@ -84,6 +84,19 @@ class ClickHouseStats:
                 for statement in missing_columns(table, self.cluster, known):
                     client.command(statement)
 
+    def size_bytes(self) -> int:
+        """The parts that count, on disk, as ClickHouse compressed them; of a cluster one replica of each shard."""
+        parts = f"cluster('{self.cluster}', system.parts)" if self.cluster else "system.parts"
+        tables = ", ".join(f"'{local(table, self.cluster)}'" for table in (STATS, STATS_STEP))
+        with self._client() as client:
+            database = client.query("SELECT currentDatabase()").result_rows[0][0]
+            total = client.query(
+                f"SELECT sum(bytes_on_disk) FROM {parts} WHERE active AND database = {{own:String}}"
+                f" AND table IN ({tables})",
+                parameters={"own": database},
+            )
+            return int(total.result_rows[0][0])
+
     def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         """Writes what is not there yet: durable when it returns, whatever becomes of the caller's transaction."""
         batches = [batch for batch in batches if batch.rows]
@@ -235,6 +248,24 @@ class ClickHouseStats:
 
     def _sql(self, element: sa.ClauseElement) -> str:
         return str(element.compile(dialect=self._engine.dialect, compile_kwargs={"literal_binds": True}))
+
+    @property
+    def backup_hint(self) -> str:
+        """In words; `backup` says it."""
+        if self._folder:
+            return (
+                f"statistics are not in it: they are in the folder {self._folder}, which is the collector's while it "
+                f"runs. Stop it and copy the folder, after this (`cp -a {self._folder} COPY`), and give the copy as "
+                "?stats=chdb:///COPY with the copied database"
+            )
+        database = self._engine.url.database or "default"
+        tables = ", ".join(f"TABLE {database}.{local(table, self.cluster)}" for table in (STATS, STATS_STEP))
+        where = f" ON CLUSTER '{self.cluster}'" if self.cluster else ""
+        return (
+            f"statistics are not in it: they are in {self._shown}. Copy them after this, with clickhouse-client: "
+            f"BACKUP {tables}{where} TO Disk('backups', 'fp8scope.zip'), where `backups` is a disk that the server's "
+            "configuration allows"
+        )
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:

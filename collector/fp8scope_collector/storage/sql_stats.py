@@ -33,6 +33,7 @@ class SqlStats:
 
     pace = Pace()
     shared = True
+    backup_hint: str | None = None
 
     def __init__(self, dialect: str) -> None:
         self._insert_rows = _insert_sqlite if dialect == "sqlite" else _copy_postgresql
@@ -40,6 +41,10 @@ class SqlStats:
 
     def migrate(self) -> None:
         """Nothing: the tables are among those that `engine.migrate` knows."""
+
+    def size_bytes(self) -> int:
+        """0: the size of the database has it."""
+        return 0
 
     def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
         """Writes the batches' rows in the caller's transaction."""

@@ -46,8 +46,17 @@ class StatsStore(Protocol):
     pace: Pace
     shared: bool  # whether another process can read at the same time
 
+    @property
+    def backup_hint(self) -> str | None:
+        """How to copy it, in words; None where a copy of the relational database has it."""
+        ...
+
     def migrate(self) -> None:
         """Creates or upgrades tables that the relational database's migrations do not know; others do nothing."""
+        ...
+
+    def size_bytes(self) -> int:
+        """What it takes on disk beside the relational database; 0 where it is in that."""
         ...
 
     def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:

@@ -142,10 +142,11 @@ class StatsWriter:
         """Records when tokens were used last, Unix nanoseconds by token id."""
         tokens.note_used(self._engine, used)
 
-    def overview(self, limit: int) -> tuple[list[RunState], int]:
-        """The runs seen last, and the size of the database in bytes."""
+    def overview(self, limit: int) -> tuple[list[RunState], int, int]:
+        """The runs seen last, and in bytes the size of the database and of statistics that are beside it."""
         with self._engine.begin() as connection:
-            return recent_runs(connection, limit=limit), database_bytes(connection)
+            runs, size = recent_runs(connection, limit=limit), database_bytes(connection)
+        return runs, size, self._store.size_bytes()
 
     def findings(self, per_run: int) -> FindingsNow:
         """What diagnosis has found and is open, at most `per_run` of a run by name."""
