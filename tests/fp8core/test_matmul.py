@@ -203,6 +203,24 @@ def test_results_are_unscaled_and_rounded_once_to_the_end_of_the_range(
         assert torch.equal(y, expected[:, None].expand(2048, width)), scales
 
 
+@pytest.mark.parametrize("width", [1, 40])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_subnormal_results_are_kept_where_torch_flushes_them(out_dtype: torch.dtype, width: int, path: str) -> None:
+    if path == "eager":
+        pytest.skip("eager obeys torch.set_flush_denormal by definition")
+    a, b, scale = operand(300, 16, E4M3FN, 0), operand(16, width, E4M3FN, 1), torch.tensor(2.0**71)
+    expected = scaled_mm(a, b, scale, scale, out_dtype=out_dtype)
+    assert (expected.abs()[expected != 0] < 2.0**-126).any()
+
+    torch.set_flush_denormal(True)
+    try:
+        y = scaled_mm(a, b, scale, scale, out_dtype=out_dtype)
+    finally:
+        torch.set_flush_denormal(False)
+
+    assert torch.equal(y.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_the_dispatcher_runs_the_compiled_body_and_it_does_what_the_one_in_python_does() -> None:
     if reason := cpu.unavailable_reason():
         pytest.skip(reason)

@@ -47,12 +47,12 @@ constexpr int REGISTERS = 16;
 #endif
 constexpr int COLUMNS = 2 * LANES;
 constexpr int DEPTH = 384;                     // units in a piece: a piece of b's panel is about as large as the L1 cache
-constexpr int BLOCK_M = 192, BLOCK_N = 256;    // of the result; with its panels it fits into the L2 cache
+constexpr int BLOCK_M = 192;                   // of the result; with its panels it fits into the L2 cache
 constexpr int SHALLOW = 32;                    // units of K, up to which writing the result is most of the work
 constexpr int CODES = 64;                      // are decoded at once
 constexpr int STAGE_ROWS = 48, STAGE_COLUMNS = 128;
 constexpr int64_t WORK_FOR_TILES = 1 << 14;    // multiplications; below, vectors are faster
-constexpr int64_t DEPTH_FOR_TILES = 8;          // likewise, along K
+constexpr int64_t DEPTH_FOR_TILES = 8;         // likewise, along K
 constexpr int64_t WORK_FOR_THREADS = 1 << 21;  // below, one thread is faster than waking the others
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -324,6 +324,7 @@ template <class To> struct Result {
 
 template <class Kind> struct Vectors : Kind {
     static constexpr int ROWS = REGISTERS == 32 ? 12 : 6;  // whose sums stay in registers
+    static constexpr int BLOCK_N = 512;
     static constexpr bool FINISHES = true;
     struct Mode {};
 
@@ -385,6 +386,7 @@ struct Tiles : BFloat16Pairs {
     static constexpr int SIDE = 16;  // of a tile: rows, and units in a row
     static constexpr int ROWS = 2 * SIDE;
     static constexpr int PADDED = SIDE;
+    static constexpr int BLOCK_N = 256;
     static constexpr bool FINISHES = false;
     static_assert(COLUMNS == 2 * SIDE, "two tiles side by side");
 
@@ -553,11 +555,12 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
     const int64_t row_panels = parts(M, ROWS), column_panels = parts(N, COLUMNS);
     const bool shallow = depth <= SHALLOW && row_panels > 2;
     const int64_t block_m = shallow ? ROWS : std::min<int64_t>(BLOCK_M, parts(parts(M, threads), ROWS) * ROWS);
-    const int64_t block_n = std::min<int64_t>(BLOCK_N, column_panels * COLUMNS);
+    const int64_t block_n = std::min<int64_t>(Kernel::BLOCK_N, column_panels * COLUMNS);
     const int64_t blocks_m = parts(M, block_m), blocks_n = parts(N, block_n);
 
-    // What several blocks read is decoded once for all; what only one reads, by that one, and stays in the cache.
-    const bool a_is_shared = blocks_n > 1, b_is_shared = blocks_m > 1;
+    // What several blocks read is decoded once for all; what only one reads, by that one, and stays in the cache. So does
+    // a where vectors multiply: decoding it again for each of their few wide blocks is faster than reading it from memory.
+    const bool a_is_shared = blocks_n > 1 && (shallow || !Kernel::FINISHES), b_is_shared = blocks_m > 1;
     const int64_t padded_m = row_panels * ROWS;
     const int64_t a_count = (a_is_shared ? padded_m * pieces : block_m) * stride;
     const int64_t b_count = (b_is_shared ? column_panels * depth : std::min<int64_t>(depth, DEPTH)) * COLUMNS;
