@@ -725,6 +725,7 @@ Engine fastest_engine() {
 
 void scaled_mm(const Matrix& a, const Matrix& b, float scale_a, float scale_b, void* out, bool narrow, Engine engine,
                int threads) {
+    const DefaultFloatMode float_mode;  // other threads set their own
     const double exact = 1.0 / (double(scale_a) * double(scale_b));
     const float inv_scale = exact > double(FLT_MAX) ? FLT_MAX : float(exact);
     if (!narrow) return multiply_with<ToFloat32>(engine, a, b, inv_scale, out, threads);
@@ -735,7 +736,6 @@ void scaled_mm(const Matrix& a, const Matrix& b, float scale_a, float scale_b, v
     Scratch scratch(count * int64_t(sizeof(float)));
     float* const wide = scratch.take<float>(count);
     multiply_with<ToFloat32>(engine, a, b, inv_scale, wide, threads);
-    const DefaultFloatMode float_mode;
     unscale<ToBFloat16>(wide, count, 1, static_cast<uint16_t*>(out));
 #else
     multiply_with<ToBFloat16>(engine, a, b, inv_scale, out, threads);
