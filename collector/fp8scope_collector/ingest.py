@@ -231,7 +231,7 @@ class Ingest:
                 self._persist(lambda: self._writer.touch(seen))
             if used:
                 self._persist(lambda: self._writer.touch_tokens(used))
-            self._persist(self._writer.roll_up)
+            self._persist(lambda: self._writer.roll_up(everything=self._closing))
             self._behind = True  # perhaps: the next slice looks
             runs, *sizes = self._persist(lambda: self._writer.overview(MAX_RUNS))
             findings = self._persist(lambda: self._writer.findings(FINDINGS_PER_RUN))

@@ -60,7 +60,7 @@ class FakeWriter:
         self._wait()
         self.seen |= seen
 
-    def roll_up(self) -> None:
+    def roll_up(self, *, everything: bool) -> None:
         """Nothing is in memory."""
 
     def catch_up(self, *, now_unix_ns: int) -> bool:

@@ -109,9 +109,9 @@ class StatsWriter:
         self._rolling.apply(change)
         return Committed(tuple(fresh), up_to_seq)
 
-    def roll_up(self) -> None:
-        """Writes what of the rollups is still in memory."""
-        if due := self._rolling.due(everything=True):
+    def roll_up(self, *, everything: bool = True) -> None:
+        """Writes what of the rollups is still in memory: everything, or what no commit came to write in time."""
+        if due := self._rolling.due(everything=everything):
             with self._engine.begin() as connection:
                 locked = self._lock(connection, self._rolling.sources_of(due))
                 change = self._rolling.change(connection, due, [], locked)
