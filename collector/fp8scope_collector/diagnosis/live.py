@@ -175,6 +175,11 @@ class RunWatch:
         changes = self._write(now_unix_ns, ended=over, settled=caught_up)
         return changes, more
 
+    @property
+    def judged_steps(self) -> int:
+        """The sum of the last judged steps of all its processes."""
+        return sum(self._judged.values())
+
     def _meet(self, run: RunNow) -> None:
         """Another process came: takes in its slots and ranks, and begins again from what is stored."""
         slots = tuple(self._reader.slots(self._run_id))
@@ -342,6 +347,12 @@ class Watcher:
                 news.append(News(run.label, recent and not run.has_ended, recent, tuple(changes)))
         self._forget()
         return news, unfinished
+
+    def steps_behind(self) -> int:
+        """How many steps of all processes are committed and not judged; runs that are done with count as not judged."""
+        with self._reading.connect() as connection:
+            committed = connection.execute(sa.select(sa.func.sum(schema.source.c.last_step))).scalar() or 0
+        return int(committed) - sum(watch.judged_steps for watch in self._runs.values())
 
     def _watch(self, run: RunNow) -> RunWatch:
         known = self._runs.get(run.id)

@@ -25,6 +25,7 @@ from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.storage.stats_store import StorageError
 
 REST = 1  # times the processor time of a look, before the next: at most half a core, where one is idle
+REST_FALLING_BEHIND = 6  # the same where rows come faster than they are judged: it will be late anyway
 LONGEST_REST_S = 5.0
 log = structlog.get_logger()
 
@@ -39,6 +40,7 @@ def work(settings: Settings, stop: threading.Event) -> None:
     lease = Lease(settings.db, f"{socket.gethostname()}-{os.getpid()}")
     notifier = Notifier(settings.webhook) if settings.webhook else None
     step_back()
+    was = behind = 0
     try:
         while not stop.is_set():
             started, used = time.monotonic(), time.thread_time()
@@ -48,10 +50,12 @@ def work(settings: Settings, stop: threading.Event) -> None:
                     news, more = watcher.look(lambda: not stop.is_set() and lease.hold())
                     if notifier:
                         notifier.tell(news)
+                was, behind = behind, watcher.steps_behind() if more else 0
             except sa.exc.DBAPIError as error:
                 log.warning("diagnosis waits for the database", error=" ".join(str(error.orig).split()))
             took_s = time.monotonic() - started
-            rest_s = min(REST * (time.thread_time() - used), LONGEST_REST_S)
+            rest = REST_FALLING_BEHIND if behind > was > 0 else REST
+            rest_s = min(rest * (time.thread_time() - used), LONGEST_REST_S)
             stop.wait(rest_s if more else max(settings.every_s - took_s, rest_s))
     finally:
         lease.release()

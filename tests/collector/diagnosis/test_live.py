@@ -345,11 +345,13 @@ def test_a_run_that_takes_several_looks_goes_on_where_the_last_one_ended(
     job.send(now_unix_ns=clock())
     watcher, reader = Watcher(database_url, unix_ns=clock), Reader(database_url)
 
-    judged = []
+    judged, behind = [], []
     for _ in range(12):
         watcher.look()
         judged.append(reader.judged_step(reader.run("gpt").id))
+        behind.append(watcher.steps_behind())
     assert judged == [min(18 * looks, 200) - 1 for looks in range(1, 13)]
+    assert behind == [199 - step for step in judged]
 
     job.finish(now_unix_ns=clock())
     look(watcher, clock)
