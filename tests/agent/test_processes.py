@@ -253,7 +253,13 @@ def test_an_interrupt_from_the_terminal_reaches_only_the_trainer(
 ) -> None:
     trainer = start(
         collector.address,
-        'with fp8scope.attach(model, run="run") as m:\n    train(m, 5)\n    say("go")\n    time.sleep(60)',
+        """
+with fp8scope.attach(model, run="run") as m:
+    train(m, 5)
+    say("go")
+    for _ in range(1200):
+        time.sleep(0.05)  # not at once: a signal just before a sleep does not interrupt it
+""",
     )
     line(trainer)
     sender = sender_of(folder()).pid
