@@ -6,8 +6,8 @@ once as they are and once made of the FP8 ones by torch's cast, as one would wit
 is taken, and the candidates take turns. The error is against the float64 product of the same codes: norm over norm of
 a float32 result, and the part of a bfloat16 result that is not the rounded float64 one.
 
-What any operation of a library costs before it does anything is shown by a product without rows: the call of an
-operation in C++ with our arguments that allocates a result.
+What a call costs before it does anything is shown by a product without rows, which allocates a result: ours as it goes,
+past torch's dispatcher, ours by torch.ops, as under a profiler or a mode, and torch.mm.
 
 torch's `_scaled_mm` goes through oneDNN where oneDNN knows the processor's bfloat16 instructions, and has only a
 reference implementation there, thousands of times slower: it is timed once. The candidate in the table is what torch
@@ -62,7 +62,8 @@ def main() -> None:
         "median (quartiles) of its processor time in ms: `bench/gemm.py`. Ours by result and scales; error: of the",
         "float32 result against float64, norm over norm; off: elements of the bf16 results that are not the rounded",
         "float64 ones. Before anything is multiplied, that is with a matrix without rows, a call of ours takes",
-        f"{call_us(scaled_mm_of_no_rows):.1f} us and one of torch.mm {call_us(mm_of_no_rows):.1f} us.",
+        f"{call_us(scaled_mm_of_no_rows):.1f} us, by torch.ops {call_us(operation_of_no_rows):.1f} us, "
+        f"and one of torch.mm {call_us(mm_of_no_rows):.1f} us.",
         "",
     ]
     lines += [
@@ -77,7 +78,7 @@ def main() -> None:
     if torch._C._has_mkldnn and not options.shapes:
         lines += [
             "",
-            f"{TORCH} as torch dispatches it here, through oneDNN: {once_through_onednn():,.0f} ms at 128 x 128 x 128.",
+            f"{TORCH} as torch dispatches it here, through oneDNN: {once_through_onednn():,.1f} ms at 128 x 128 x 128.",
         ]
     print("\n".join(lines))
     if not options.shapes:
@@ -86,6 +87,11 @@ def main() -> None:
 
 def scaled_mm_of_no_rows() -> Tensor:
     return scaled_mm(NO_ROWS, SQUARE, ONE, ONE, out_dtype=torch.bfloat16)
+
+
+def operation_of_no_rows() -> Tensor:
+    y: Tensor = torch.ops.fp8core.scaled_mm.default(NO_ROWS, SQUARE, ONE, ONE, torch.bfloat16, False, False)
+    return y
 
 
 def mm_of_no_rows() -> Tensor:

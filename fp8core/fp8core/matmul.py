@@ -11,7 +11,8 @@ Elsewhere it is emulated: decode, multiply with float32 accumulation, unscale, r
 bfloat16 and their products in float32, so what is lost is the order of a float32 sum.
 
 * On a CPU the C++ kernels do all of it, with what is fastest there: bfloat16 in tile registers (AMX) or vectors, or
-  float32 vectors (`kernels/cpu_gemm.cpp`). Where torch lets them (2.10), they are the operation's body themselves.
+  float32 vectors (`kernels/cpu_gemm.cpp`). Where torch lets them (2.10), they are the operation's body themselves, and
+  plain tensors whose product nobody watches go past the dispatcher (`kernels/cpu_direct.py`).
 * With the eager kernels, torch's bfloat16 GEMM if the processor has instructions for it, the result is bfloat16 and
   both scales are powers of two: unscaling is then exact and the one rounding is the GEMM's. With other scales it would
   round twice, which puts a quarter of the elements off.
@@ -51,6 +52,10 @@ def scaled_mm(
 
     Operands may be transposed views of contiguous tensors. Set `power_of_two` only if both scales are powers of two.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        product = cpu.product_or_none(a_MK, b_KN, scale_a, scale_b, out_dtype)
+        if product is not None:
+            return product
     out: Tensor = _operation(a_MK, b_KN, scale_a, scale_b, out_dtype, power_of_two, fast_accum)
     return out
 

@@ -45,6 +45,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Each way to multiply on this machine."""
     if request.param == "eager":
         monkeypatch.setattr(matmul, "_operation", matmul.mm_body)
+        monkeypatch.setattr(cpu, "product_or_none", cpu._no_product)
         monkeypatch.setattr(matmul, "kernels_for", lambda _: eager)
         yield "eager"
     else:
@@ -285,6 +286,7 @@ def test_other_processors_vectors_multiply_as_exactly(
     monkeypatch.setattr(cpu_build, "_FLAG_SETS", (flags,))
     monkeypatch.setattr(cpu, "_loaded", (cpu._open(cpu_build.build(tmp_path)), None))
     monkeypatch.setattr(matmul, "_operation", matmul.mm_body)
+    monkeypatch.setattr(cpu, "product_or_none", cpu._no_product)
     assert cpu.engines() == ("float32",)
 
     for gemm in ("fprop", "dgrad", "wgrad"):

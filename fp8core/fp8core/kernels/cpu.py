@@ -22,6 +22,7 @@ import torch
 
 from fp8core.formats import FORMATS, Fp8Format
 from fp8core.kernels.cpu_build import UnavailableError, build
+from fp8core.kernels.cpu_direct import DirectProduct, direct_product
 from fp8core.records import COLUMNS
 
 INPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -168,6 +169,14 @@ def scaled_mm(
     return out_MN if out_MN.dtype == out_dtype else out_MN.to(out_dtype)
 
 
+def _no_product(*_: object) -> None:
+    """None."""
+
+
+# The product in float32 or bfloat16 past torch's dispatcher, or None where the operation is to be called.
+product_or_none: DirectProduct = _no_product
+
+
 def engine() -> str:
     """What the GEMM computes with: the fastest of ENGINES here, or what `use_engine` said."""
     return ENGINES[_library().fp8_engine()]
@@ -305,13 +314,14 @@ def _library() -> ctypes.CDLL:
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none; decided once a process."""
-    global _loaded
+    global _loaded, product_or_none
     if _loaded is None:
         with _load_lock:
             if _loaded is None:
                 try:
                     _loaded = _open(build()), None
-                    is_registered()
+                    if is_registered():
+                        product_or_none = direct_product(_library(), scaled_mm) or _no_product
                 except UnavailableError as error:
                     _loaded = None, str(error)
     return _loaded
