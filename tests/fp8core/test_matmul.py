@@ -184,6 +184,21 @@ def test_every_code_is_multiplied_as_its_value(fmt: Fp8Format, width: int, path:
     torch.testing.assert_close(by_column, expected.t(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("fmt_a", "fmt_b"), PAIRS, ids=str)
+def test_an_outer_product_is_right_for_every_pair_of_codes(
+    fmt_a: Fp8Format, fmt_b: Fp8Format, out_dtype: torch.dtype, path: str
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    a, b = (codes.view(getattr(torch, fmt.torch_dtype)) for fmt in (fmt_a, fmt_b))
+    s_a, s_b = torch.tensor(ANY)
+
+    y = scaled_mm(a[:, None], b[None, :250], s_a, s_b, out_dtype=out_dtype)  # no multiple of a register
+
+    expected = (a.float()[:, None] * b.float()[None, :250] * inverse_of_product(s_a, s_b)).to(out_dtype)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("width", [1, 40])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_are_unscaled_and_rounded_once_to_the_end_of_the_range(
@@ -239,9 +254,12 @@ def test_the_dispatcher_runs_the_compiled_body_and_it_does_what_the_one_in_pytho
     assert cpu.is_registered() or torch.__version__ < "2.10"
 
 
-@pytest.mark.parametrize("shape", [(257, 700, 300), (600, 16, 300), (1, 9000, 300), (300, 9000, 1)], ids=str)
-def test_two_threads_give_the_bits_of_one(shape: tuple[int, int, int], path: str) -> None:
-    a, b = operands(*shape, "fprop", E4M3FN, E4M3FN)
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad"])
+@pytest.mark.parametrize(
+    "shape", [(257, 700, 300), (600, 16, 300), (1, 9000, 300), (300, 9000, 1), (1500, 1, 1500)], ids=str
+)
+def test_two_threads_give_the_bits_of_one(shape: tuple[int, int, int], gemm: str, path: str) -> None:
+    a, b = operands(*shape, gemm, E4M3FN, E4M3FN)
     one, threads = torch.tensor(1.0), torch.get_num_threads()
 
     results = []

@@ -15,7 +15,7 @@
 //
 // An operand whose codes lie the other way is transposed first, 16 x 16 bytes at a time in registers. Sums that go over
 // several pieces of K, and those of tiles, wait in scratch that stays in the cache; they are unscaled, rounded and written
-// once. What is beyond K is zero. A column is multiplied without panels, by rows of codes as they are decoded.
+// once. What is beyond K is zero. Rows and columns are multiplied without panels, as codes are decoded.
 
 #include "cpu_gemm.h"
 
@@ -636,16 +636,24 @@ void multiply(const Matrix& a, const Matrix& b, float inv_scale, typename To::Ou
     });
 }
 
+// Float32 of n codes that are `stride` apart, and zeros up to a multiple of CODES.
+void decode_vector(const uint8_t* codes, int64_t stride, int64_t n, const Target& format, Unit* out) {
+    const Decoder decode(format);
+    for (int64_t i = 0; i < n; i += CODES) {
+        uint8_t block[CODES] = {};
+        for (int64_t j = 0; j < std::min<int64_t>(CODES, n - i); ++j) block[j] = codes[(i + j) * stride];
+        decode.to_floats(block, CODES, out + i);
+    }
+}
+
 // out[a.rows] = a @ b, b a column. The codes of a lie along K: they are read once and multiplied as they are decoded.
 template <class To>
 void multiply_by_column(const Matrix& a, const Matrix& b, float inv_scale, typename To::Out* out, int threads) {
     const int64_t M = a.rows, K = a.columns, padded = parts(K, CODES) * CODES;
     const Decoder decode_a(*a.format);
-    Scratch scratch(Scratch::padded(K) + padded * int64_t(sizeof(Unit)));
-    uint8_t* const b_codes = scratch.take<uint8_t>(K);
+    Scratch scratch(padded * int64_t(sizeof(Unit)));
     Unit* const b_units = scratch.take<Unit>(padded);
-    for (int64_t k = 0; k < K; ++k) b_codes[k] = b.codes[k * b.row_stride];
-    Floats32::along(Decoder(*b.format), b_codes, int(K), b_units);
+    decode_vector(b.codes, b.row_stride, K, *b.format, b_units);
 
     constexpr int ROWS = 64, PARTS = CODES / LANES;
     in_parallel(parts(M, ROWS), threads, [&](int64_t first, int64_t end) {
@@ -674,6 +682,61 @@ void multiply_by_column(const Matrix& a, const Matrix& b, float inv_scale, typen
     });
 }
 
+// out[b.columns] = a @ b, a a row. The codes of b lie along N: its rows are added up as they are decoded.
+template <class To>
+void multiply_row(const Matrix& a, const Matrix& b, float inv_scale, typename To::Out* out, int threads) {
+    constexpr int WIDE = std::max(CODES, 8 * LANES), VECTORS = WIDE / LANES;
+    const int64_t K = a.columns, N = b.columns, padded = parts(K, CODES) * CODES;
+    const Decoder decode_b(*b.format);
+    Scratch scratch(padded * int64_t(sizeof(Unit)));
+    Unit* const a_units = scratch.take<Unit>(padded);
+    decode_vector(a.codes, a.column_stride, K, *a.format, a_units);
+
+    in_parallel(parts(N, WIDE), threads, [&](int64_t first, int64_t end) {
+        const DefaultFloatMode float_mode;
+        for (int64_t n = first * WIDE; n < std::min(N, end * WIDE); n += WIDE) {
+            const int columns = int(std::min<int64_t>(WIDE, N - n));
+            Floats total[VECTORS] = {};
+            alignas(64) Unit units[WIDE] = {};
+            for (int64_t k = 0; k < K; ++k) {
+                Floats32::along(decode_b, b.codes + k * b.row_stride + n, columns, units);
+#pragma GCC unroll 16
+                for (int i = 0; i < VECTORS; ++i)
+                    total[i] = Floats32::add_product(a_units[k], load<Floats>(units + i * LANES), total[i]);
+            }
+            float sums[WIDE];
+            std::memcpy(sums, total, sizeof sums);
+            unscale<To>(sums, columns, inv_scale, out + n);
+        }
+    });
+}
+
+// out[a.rows][b.columns] = a @ b, a column by a row: writing it is the work, and memory takes whole rows fastest.
+template <class To>
+void multiply_column_by_row(const Matrix& a, const Matrix& b, float inv_scale, typename To::Out* out, int threads) {
+    const int64_t M = a.rows, N = b.columns, padded_m = parts(M, CODES) * CODES, padded_n = parts(N, CODES) * CODES;
+    Scratch scratch((padded_m + padded_n) * int64_t(sizeof(Unit)));
+    Unit* const a_units = scratch.take<Unit>(padded_m);
+    Unit* const b_units = scratch.take<Unit>(padded_n);
+    decode_vector(a.codes, a.row_stride, M, *a.format, a_units);
+    decode_vector(b.codes, b.column_stride, N, *b.format, b_units);
+
+    constexpr int ROWS = 64;
+    in_parallel(parts(M, ROWS), threads, [&](int64_t first, int64_t end) {
+        const DefaultFloatMode float_mode;
+        for (int64_t m = first * ROWS; m < std::min(M, end * ROWS); ++m) {
+            const Floats a_value = Floats{} + bit_cast<float>(a_units[m]);
+            const Result<To> row{out + m * N, N, inv_scale};
+            int64_t n = 0;
+            for (; n + LANES <= N; n += LANES) row.put(0, n, a_value * load<Floats>(b_units + n));
+            if (n == N) continue;
+            float last[LANES];
+            Sums{last, LANES}.put(0, 0, a_value * load<Floats>(b_units + n));
+            unscale<To>(last, N - n, inv_scale, row.at(0, n));
+        }
+    });
+}
+
 Matrix transposed(const Matrix& x) {
     return {x.codes, x.columns, x.rows, x.column_stride, x.row_stride, x.format};
 }
@@ -690,7 +753,11 @@ template <class To> void multiply_with(Engine engine, const Matrix& a, const Mat
     if (b.columns == 1 && a.column_stride == 1) return multiply_by_column<To>(a, b, inv_scale, out, threads);
     if (a.rows == 1 && b.row_stride == 1)
         return multiply_by_column<To>(transposed(b), transposed(a), inv_scale, out, threads);
+    if (a.columns == 1) return multiply_column_by_row<To>(a, b, inv_scale, out, threads);
     if (engine == TILES && (work < WORK_FOR_TILES || a.columns < DEPTH_FOR_TILES)) engine = FLOATS;
+    if (engine == FLOATS && a.rows == 1 && b.column_stride == 1) return multiply_row<To>(a, b, inv_scale, out, threads);
+    if (engine == FLOATS && b.columns == 1 && a.row_stride == 1)
+        return multiply_row<To>(transposed(b), transposed(a), inv_scale, out, threads);
 #if defined(HAS_TILES)
     if (engine == TILES) return multiply<Tiles, To>(a, b, inv_scale, out, threads);
 #endif
