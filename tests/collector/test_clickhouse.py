@@ -24,7 +24,7 @@ from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
-from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns
+from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns, tune
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span, int_div
 from fp8scope_collector.storage.reader import Reader
@@ -84,6 +84,45 @@ def test_a_group_is_one_part_and_its_token_a_second_time_changes_nothing(chdb: B
     ]
     chdb.write(*group)
     assert chdb.sql(parts) == [(18,)]
+
+
+def test_rows_come_in_the_order_of_the_table(chdb: Beside, wire: Any) -> None:
+    other = dataclasses.replace(chdb.source, id=chdb.source.id + 1)
+    steps = {chdb.source: (255, 256, 300), other: (255, 256, 255)}  # two blocks of steps, and a source that goes back
+    batches = [
+        decode_stats(wire.stats(seq, wire.columns(step)), source, Limits())
+        for source, own in steps.items()
+        for seq, step in enumerate(own, 1)
+    ]
+    counter = "SELECT sum(value) FROM system.events WHERE event = 'MergeTreeDataWriterBlocksAlreadySorted'"
+    before = chdb.sql(counter)[0][0]
+
+    chdb.write(*batches)
+
+    assert chdb.sql(counter)[0][0] == before + 2  # of `stats` and of `stats_step`
+    assert chdb.sql("SELECT count() FROM stats FINAL") == [(5 * 6,)]
+    assert chdb.sql(f"SELECT DISTINCT seq FROM stats FINAL WHERE source_id = {other.id} AND step = 255") == [(3,)]
+
+
+def test_of_absent_and_present_columns_in_one_group_only_absent_ones_are_null(chdb: Beside, wire: Any) -> None:
+    whole, partial = (decode_stats(wire.stats(seq, wire.columns(seq)), chdb.source, Limits()) for seq in (1, 2))
+    partial = dataclasses.replace(partial, columns={"amax": partial.columns["amax"]})
+
+    chdb.write(whole, partial)
+
+    names = ", ".join(f"countIf({field.name} IS NULL)" for field in FIELDS)
+    (first,), (second,) = (chdb.sql(f"SELECT {names} FROM stats FINAL WHERE seq = {seq}") for seq in (1, 2))
+    assert first == tuple(int(np.isnan(whole.columns[field.name]).sum()) for field in FIELDS)
+    assert second == tuple(0 if field.name == "amax" else 6 for field in FIELDS)
+
+
+def test_tables_are_tuned_where_the_server_knows_the_setting(chdb: Beside) -> None:
+    (made,) = chdb.sql("SELECT create_table_query FROM system.tables WHERE name = 'stats'")
+
+    assert "auto_statistics_types = ''" in made[0]
+    assert "merge_selector_base = 20" in made[0]
+    assert tune("stats", None, ["merge_selector_base"]) == ["ALTER TABLE stats MODIFY SETTING merge_selector_base = 20"]
+    assert tune("stats", "gpus", []) == []
 
 
 def test_what_two_collectors_wrote_twice_is_read_once(chdb: Beside, wire: Any) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import sqlalchemy as sa
 from clickhouse_connect.driver.exceptions import ClickHouseError
@@ -26,6 +25,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import schema
+from fp8scope_collector.storage.clickhouse_block import Block, Blocks
 from fp8scope_collector.storage.clickhouse_ddl import (
     RUNS_A_PARTITION,
     STATS,
@@ -34,6 +34,7 @@ from fp8scope_collector.storage.clickhouse_ddl import (
     create_tables,
     local,
     missing_columns,
+    tune,
 )
 from fp8scope_collector.storage.history import Span, int_div
 from fp8scope_collector.storage.stats_store import Pace, StorageError, row_schema
@@ -53,9 +54,9 @@ class ClickHouseStats:
     Nothing is opened before it is needed: what only reads rollups works while a collector has the chDB folder.
     """
 
-    pace = Pace(
-        group_rows=163_840, rows_under_way=327_680, window=32, pause_s=0.2
-    )  # each insert is a part that has to be merged
+    pace = Pace(  # each insert is a part that has to be merged
+        group_rows=262_144, rows_under_way=524_288, window=64, pause_s=0.2, rollup_rows=1_048_576
+    )
 
     def __init__(self, url: sa.URL) -> None:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
@@ -70,6 +71,7 @@ class ClickHouseStats:
             if self._folder
             else url.set(drivername="clickhousedb").difference_update_query(["cluster"])
         )
+        self._blocks = Blocks()
         self._written: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()  # highest seq known stored
 
     def migrate(self) -> None:
@@ -82,6 +84,10 @@ class ClickHouseStats:
             for table in dict.fromkeys((local(STATS, self.cluster), STATS)):
                 known = {row[0] for row in client.query(f"DESCRIBE TABLE {table}").result_rows}
                 for statement in missing_columns(table, self.cluster, known):
+                    client.command(statement)
+            settings = {row[0] for row in client.query("SELECT name FROM system.merge_tree_settings").result_rows}
+            for table in (STATS, STATS_STEP):
+                for statement in tune(table, self.cluster, settings):
                     client.command(statement)
 
     def size_bytes(self) -> int:
@@ -110,8 +116,8 @@ class ClickHouseStats:
                 parts.setdefault(batch.source.run_id // RUNS_A_PARTITION, []).append(batch)
             try:
                 for part in parts.values():
-                    self._insert(client, STATS, _rows(part), _token(part))
-                self._insert(client, STATS_STEP, _steps(batches), _token(batches))
+                    self._insert(client, STATS, self._blocks.rows(part), _token(part))
+                self._insert(client, STATS_STEP, self._blocks.steps(batches), _token(batches))
             except BaseException:
                 for batch in new:  # who knows: looked up again before the next attempt
                     self._written.pop(batch.source, None)
@@ -228,12 +234,14 @@ class ClickHouseStats:
                 if stored.get(first, 0) >= batch.seq:
                     self._written[batch.source] = max(self._written[batch.source], batch.seq)
 
-    def _insert(self, client: Any, table: str, rows: pa.Table, token: str) -> None:
+    def _insert(self, client: Any, table: str, block: Block, token: str) -> None:
         """One block: on return it is on disk, and the same token again changes nothing."""
         settings = {"insert_deduplication_token": f"{table} {token}", "async_insert": 0}
+        settings["optimize_on_insert"] = 0  # rows that replace others do so in merges and for readers
         if self.cluster:
             settings |= {"distributed_foreground_insert": 1}
-        client.insert_arrow(table, rows, settings=settings)
+        columns, data = block
+        client.raw_insert(table, columns, data if self._folder else bytes(data), settings=settings, fmt="Native")
 
     def _change(self, table: str, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
         where = f"{local(table, self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else table
@@ -300,36 +308,6 @@ def _within(run_id: int, span: Span) -> sa.ColumnElement[bool]:
         row.source_id == span.source_id,
         row.step.between(first, last),
     )
-
-
-def _rows(batches: Sequence[Batch]) -> pa.Table:
-    """The batches' rows as one Arrow table; NaN and absent columns are null."""
-    sizes = [batch.rows for batch in batches]
-    columns = {
-        "run_id": pa.array(np.repeat([batch.source.run_id for batch in batches], sizes)),
-        "source_id": pa.array(np.repeat([batch.source.id for batch in batches], sizes)),
-        "step": pa.array(np.concatenate([batch.step for batch in batches])),
-        "slot": pa.array(np.concatenate([batch.source.run_slot[batch.slot] for batch in batches]).astype(np.int32)),
-        "seq": pa.array(np.repeat([batch.seq for batch in batches], sizes)),
-    }
-    for field in FIELDS:
-        dtype = "int64" if field.dtype == "uint64" else field.dtype
-        columns[field.name] = pa.chunked_array(
-            [
-                pa.array(batch.columns[field.name], from_pandas=dtype != "int64")
-                if field.name in batch.columns
-                else pa.nulls(batch.rows, pa.from_numpy_dtype(np.dtype(dtype)))
-                for batch in batches
-            ]
-        ).combine_chunks()
-    return pa.table(columns)
-
-
-def _steps(batches: Sequence[Batch]) -> pa.Table:
-    """Which steps the batches have, each once."""
-    pairs = {(batch.source.run_id, batch.source.id, int(step)) for batch in batches for step in np.unique(batch.step)}
-    columns = zip(*sorted(pairs), strict=True)
-    return pa.table({name: list(column) for name, column in zip(("run_id", "source_id", "step"), columns, strict=True)})
 
 
 def _token(batches: Sequence[Batch]) -> str:
