@@ -296,7 +296,8 @@ def _worst_by_role(batch: Batch, step: int) -> tuple[npt.NDArray[np.float64], np
     """The largest overflow ratio and the lowest headroom among the rows of `step`, [len(ROLES)] each, else NaN."""
     rows = np.flatnonzero(batch.step == step)
     role = batch.source.role[batch.slot[rows]]
-    column = {name: values[rows].astype(np.float64) for name, values in batch.columns.items()}
+    needed = ("overflow", "numel", "amax", "scale_max")
+    column = {name: batch.columns[name][rows].astype(np.float64) for name in needed if name in batch.columns}
     absent = np.full(len(rows), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = column.get("overflow", absent) / column.get("numel", absent)

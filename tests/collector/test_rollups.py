@@ -17,7 +17,8 @@ from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import rolling, schema
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
-from fp8scope_collector.storage.stats_store import StatsStore
+from fp8scope_collector.storage.rollups import merge_bins
+from fp8scope_collector.storage.stats_store import Pace, StatsStore
 from fp8scope_collector.storage.writer import StatsWriter
 from rollup_reference import compare, stored
 
@@ -102,7 +103,7 @@ def test_a_crash_leaves_what_was_not_written_to_be_caught_up(engine: sa.Engine, 
 def test_steady_batches_are_written_every_few_seconds_and_never_caught_up_with(
     engine: sa.Engine, store: StatsStore, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(rolling, "FLUSH_ROWS", 3 * SLOTS)
+    monkeypatch.setattr(store, "pace", Pace(rollup_rows=3 * SLOTS))
     sources = [add_source(engine, rank, 1) for rank in range(2)]
     rng = random.Random(2)
     writer = StatsWriter(engine, store)
@@ -191,3 +192,21 @@ def random_batch(rng: random.Random, source: Source, seq: int, step: int, *, who
         del columns[name]
     step_column, slot_column = (np.array(column, np.int64) for column in zip(*keys, strict=True))
     return Batch(source=source, seq=seq, size_bytes=1, step=step_column, slot=slot_column, columns=columns)
+
+
+@pytest.mark.parametrize("octaves", [3, 2000])
+def test_distributions_merge_alike_counted_and_sorted(octaves: int) -> None:
+    """Of a narrow one the bins are counted, of a wide one they are sorted."""
+    rng = np.random.default_rng(octaves)
+    parts = [
+        (np.sort(rng.choice(50, 200) << 11 | rng.integers(20, 20 + octaves, 200)), rng.integers(1, 9, 200))
+        for _ in range(5)
+    ]
+
+    keys, counts = merge_bins(parts)
+
+    expected: Counter[int] = Counter()
+    for part_keys, part_counts in parts:
+        for key, count in zip(part_keys.tolist(), part_counts.tolist(), strict=True):
+            expected[key] += count
+    assert list(zip(keys.tolist(), counts.tolist(), strict=True)) == sorted(expected.items())

@@ -33,7 +33,6 @@ from fp8scope_collector.storage.rollups import LEVELS, Rollup, values_of
 from fp8scope_collector.storage.stats_store import StatsStore
 
 FLUSH_S = 4.0
-FLUSH_ROWS = 262_144
 FLUSH_BYTES = 64 << 20
 CATCH_UP_ROWS = 131_072  # of one transaction
 _LOCK = 0x66703872  # "fp8r": on PostgreSQL, one writer at a time changes the rollups of a run
@@ -113,7 +112,7 @@ class Rolling:
         """What should be written with the next transaction."""
         rows = sum(pending.rows for pending in self._pending.values())
         size = sum(bucket.nbytes for pending in self._pending.values() for bucket in pending.buckets.values())
-        if everything or rows >= FLUSH_ROWS or size >= FLUSH_BYTES:
+        if everything or rows >= self._store.pace.rollup_rows or size >= FLUSH_BYTES:
             return sorted(self._pending)
         before = self._clock() - FLUSH_S
         return sorted(key for key, pending in self._pending.items() if pending.since <= before)

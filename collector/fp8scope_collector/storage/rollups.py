@@ -31,6 +31,7 @@ BINS_PER_OCTAVE = 4
 LARGEST_RANK = (1 << 20) - 1  # larger ones are shown as this one
 _FIRST_BIN = 600  # floor(4 * log2(2**-149)) + 600 = 4
 _BIN_BITS = 11
+_DENSE = 4  # counters for each value at most: counting is faster than sorting
 _NOWHERE = np.uint32(0xFFFFFFFF)
 _WHERE = np.uint32(20)  # place: steps into the bucket << 20 | rank
 
@@ -107,12 +108,10 @@ class Rollup:
         self._extend(where, values, values, place, place)
         for index, name in enumerate(COUNTS):
             if name in columns:
-                column = columns[name]
-                known = np.nan_to_num(column) if column.dtype.kind == "f" else column
-                self.counts[index, where] += known.astype(np.int64, copy=False)
+                self.counts[index, where] += _known(columns[name]).astype(np.int64, copy=False)
         for index, name in enumerate(SUMS):
             if name in columns:
-                self.sums[index, where] += np.nan_to_num(columns[name], posinf=np.inf, neginf=-np.inf)
+                self.sums[index, where] += _known(columns[name])
         amax = values[0]
         there = amax > 0
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -147,21 +146,25 @@ class Rollup:
         self._extend(where, other.low, other.high, low_at, high_at)
         self.counts[:, where] += other.counts
         self.sums[:, where] += other.sums
-        self._bins += other._bins
+        self._bins.append(other._merged_bins())  # merged once, not again in each level
 
     def _extend(self, where: Any, low: Floats, high: Floats, low_at: Any, high_at: Any) -> None:
         """Takes over what is more extreme; of equal ones the earlier step, then the lower rank."""
         placed = len(PLACED)
-        for extreme, values, news, places, at in (
-            (np.fmin, self.low, low, self.low_at, low_at),
-            (np.fmax, self.high, high, self.high_at, high_at),
+        for less, values, news, places, at in (
+            (np.less, self.low, low, self.low_at, low_at),
+            (np.greater, self.high, high, self.high_at, high_at),
         ):
-            before = values[:, where]
-            now = extreme(before, news)
-            old_place = places[:, where]
-            candidate = np.where(now[:placed] == before[:placed], np.minimum(old_place, at), at)
-            places[:, where] = np.where(news[:placed] == now[:placed], candidate, old_place)
-            values[:, where] = now
+            old, old_at = values[:, where], places[:, where]
+            taken = less(news, old)
+            taken |= np.isnan(old) & ~np.isnan(news)
+            same = (news[:placed] == old[:placed]) & (at < old_at)
+            if isinstance(where, slice):  # `old` and `old_at` are the arrays themselves
+                np.copyto(old, news, where=taken)
+                np.copyto(old_at, at, where=taken[:placed] | same)
+            else:
+                values[:, where] = np.where(taken, news, old)
+                places[:, where] = np.where(taken[:placed] | same, at, old_at)
 
     def _grow(self, slots: int) -> None:
         missing = slots - self.slots
@@ -229,6 +232,11 @@ Rollup.NAMES = (
 _ARRAYS = ("rows", "steps", "first", "last", "low", "high", "low_at", "high_at", "counts", "sums")
 
 
+def _known(column: Array) -> Array:
+    """The column with 0 in the place of NaN."""
+    return np.where(np.isnan(column), 0, column) if column.dtype.kind == "f" else column
+
+
 def dtype_of(name: str) -> np.dtype[Any]:
     """The type of an array by the name that it is stored as; of a distribution, its bytes."""
     if name == "amax.bins":
@@ -244,10 +252,21 @@ def place(at: Array) -> tuple[Array, Array]:
 def merge_bins(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Several distributions as one."""
     keys, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not len(keys):
+        return keys, counts
+    slot, bins = keys >> _BIN_BITS, keys & ((1 << _BIN_BITS) - 1)
+    first = bins.min()
+    width = bins.max() - first + 1
+    if (slot.max() + 1) * width <= _DENSE * len(keys):
+        bins += slot * width - first
+        sums = np.bincount(bins, counts).astype(np.int64)  # exact: of fewer than 2**53 rows
+        found = np.flatnonzero(sums)
+        slot, bins = np.divmod(found, width)
+        return slot << _BIN_BITS | (bins + first), sums[found]
     order = np.argsort(keys, kind="stable")
     keys, counts = keys[order], counts[order]
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, np.int64)
-    return keys[starts], np.add.reduceat(counts, starts) if len(keys) else counts
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return keys[starts], np.add.reduceat(counts, starts)
 
 
 def pack_bins(keys: Array, counts: Array) -> bytes:

@@ -33,6 +33,7 @@ class Pace:
     rows_under_way: int = 98_304  # of agents that have more to send: one group is written while the next gathers
     window: int = 8  # batches that one agent may have unacknowledged
     pause_s: float = 0.0  # after a small write, while the next one gathers
+    rollup_rows: int = 262_144  # in memory, after which rollups are written: until then readers read these rows raw
 
 
 class StatsStore(Protocol):
