@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -51,6 +52,9 @@ from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 STREAMS_END_S = 2.5  # from a signal until streams are cut
 ALIVE_S = 0.5  # how often a stream that waits for the database hears that somebody is there
 IN_LINE_S = 1.5  # and one that has nothing under way and waits for its turn: there may be hundreds
+SWITCH_S = (
+    0.0005  # Python's 5 ms: how long the writer waited for the interpreter after each array, while streams decode
+)
 WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
 VERSION = version("fp8scope-collector")
@@ -65,6 +69,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         StorageError: the database cannot be used.
         ConfigError: an address is taken, or the certificate cannot be used.
     """
+    sys.setswitchinterval(SWITCH_S)
     certificate = Certificate(config.tls) if config.tls else None
     with contextlib.ExitStack() as closing:
         engine = open_engine(config.db)
