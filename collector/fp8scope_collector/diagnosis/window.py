@@ -96,7 +96,7 @@ class Window:
 
     @cached_property
     def amax_exp2(self) -> Floats:
-        """log2 of a step's largest magnitude; NaN for a tensor of zeros."""
+        """log2 of a step's largest magnitude; NaN for a tensor of zeros, or with infinity."""
         return log2(self["amax"])
 
     @cached_property
@@ -272,8 +272,8 @@ def _recipe(text: str) -> Recipe | None:
 
 
 def log2(values: Floats) -> Floats:
-    """log2 of what is above 0, else NaN."""
+    """log2 of what is above 0 and finite, else NaN: an infinite amax has no level, and is the rule nonfinite's."""
     with np.errstate(invalid="ignore", divide="ignore"):
         exponents: Floats = np.log2(values)
-    exponents[exponents == -np.inf] = np.nan
+    exponents[np.isinf(exponents)] = np.nan
     return exponents

@@ -90,6 +90,24 @@ def test_shards_that_never_were_equal_have_not_diverged(two_ranks: Window) -> No
     assert found(changed(two_ranks, amax=amax), "weights-diverged") == []
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("rows", [slice(60, 61), slice(60, 76)])
+def test_an_infinite_amax_is_no_level_and_only_what_counts_it_or_compares_ranks_tells_of_it(
+    two_ranks: Window, rows: slice
+) -> None:
+    window = long(two_ranks, 8)
+    before = {(finding.rule, finding.slot) for finding in diagnose([window]).findings}
+    amax, nonfinite = window["amax"].copy(), window["nonfinite"].copy()
+    amax[0, rows], nonfinite[0, rows] = np.inf, 3
+
+    findings = diagnose([changed(window, amax=amax, nonfinite=nonfinite)]).findings
+
+    assert {finding.rule for finding in findings if (finding.rule, finding.slot) not in before} == {
+        "nonfinite",
+        "weights-diverged",
+    }
+
+
 def test_an_input_that_keeps_doubling_is_found(two_ranks: Window) -> None:
     window = long(two_ranks, 16)
     amax = window["amax"].copy()
