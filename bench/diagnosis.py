@@ -2,12 +2,14 @@
 
 * **evaluation**: all rules over 1,680 tensors with 512 steps in memory: extended by a cursor (8 new steps come, the
   usual case), and all 512 at once (after a restart, or in a replay); and a look of the process, which reads and writes.
-* **ingest**: the saturated collector of `bench/ingest.py` with diagnosis and without, in turns, medians compared. Its
-  rows clip and have NaN in every step, so that every tensor has findings of several rules: the dearest there can be.
-  How far behind diagnosis is when the clients end, and how long it takes to catch up.
+* **ingest**: the saturated collector of `bench/ingest.py`, in whose one life diagnosis works and waits in turns: it
+  waits while the bench holds its lease, as another collector would. Rows clip and have NaN in every step, so that every
+  tensor has findings of several rules: the dearest there can be. Turns begin and end with a commit; as a look may end
+  after its turn, turns without begin later. What diagnosis costs is fitted together with the drift of the rate, which
+  falls as the database grows. How many rows it judges meanwhile, and when the clients have ended.
 * **pace**: an agent that sends 10 or 100 steps a second; seconds from sending a NaN until its finding is stored.
 
-    python bench/diagnosis.py [--parts evaluation ingest pace] [--rounds 3] [--seconds 20]
+    python bench/diagnosis.py [--parts evaluation ingest pace] [--pairs 10] [--seconds 15]
 
 What is measured replaces its part in bench/results/diagnosis.json; diagnosis.md is made from that.
 """
@@ -31,6 +33,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import sqlalchemy as sa
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
@@ -40,6 +43,7 @@ from fp8core.records import FIELDS, Role
 from fp8scope_collector.diagnosis.engine import Episodes, diagnose
 from fp8scope_collector.diagnosis.live import Watcher
 from fp8scope_collector.diagnosis.window import FIELDS_READ, ScalarSeries, Window, cut, follow, tail
+from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.readmodels import Slot
@@ -51,7 +55,8 @@ from recordings import Job
 
 SLOTS, STEPS, NEW = 1680, 512, 8
 PARTS = ("evaluation", "ingest", "pace")
-WAIT_S = 15.0  # for diagnosis to catch up, so that three rounds take less than four minutes
+LOOK_ENDS_S = 6.0  # from losing the lease until diagnosis is still
+CATCHING_UP_S = 30.0  # that are watched when the clients have ended
 RATES = (10, 100)  # steps a second of one agent
 TYPES = {field.name: np.dtype(field.dtype).newbyteorder("<") for field in FIELDS}
 RESULTS = Path(__file__).parent / "results" / "diagnosis.json"
@@ -126,39 +131,103 @@ def evaluation() -> dict[str, Any]:
     return {"judging_ms": judging_ms(), "at_once_ms": replay_ms(), "look_ms": look_ms()}
 
 
-def saturated(rounds: int, seconds: float) -> dict[str, Any]:
-    """Rows a second and p99 without and with diagnosis, and how far that was behind."""
-    found: dict[str, Any] = {"seconds": seconds, "off": [], "on": [], "off_p99_ms": [], "on_p99_ms": []}
-    behind: list[dict[str, float]] = []
+def saturated(pairs: int, seconds: float) -> dict[str, Any]:
+    """What was seen of each turn, and how fast diagnosis judges when the clients have ended."""
+    os.environ["FP8SCOPE_DIAGNOSIS"] = "on"
+    found: dict[str, Any] = {"seconds": seconds}
 
     @contextlib.contextmanager
     def watching(url: str) -> Iterator[None]:
-        with ingest.asking(url):
-            yield
-        if os.environ["FP8SCOPE_DIAGNOSIS"] == "on":
-            behind.append(caught_up(url))
+        taker = threading.Thread(target=lambda: found.update(turns=list(take_turns(url, pairs, seconds))))
+        taker.start()
+        yield
+        taker.join()
+        found["judged_after"] = judging_rows_per_s(url, CATCHING_UP_S)
 
-    for number in range(rounds):
-        for diagnosis in ("off", "on") if number % 2 == 0 else ("on", "off"):
-            os.environ["FP8SCOPE_DIAGNOSIS"] = diagnosis
-            line = ingest.measure("sqlite", 8, seconds, watching)
-            found[diagnosis].append(line["rows_per_s"])
-            found[f"{diagnosis}_p99_ms"].append(line["p99_ms"])
-            print(diagnosis, line["rows_per_s"], line["p99_ms"], behind[-1:], file=sys.stderr)
-    return found | {"behind": behind}
+    line = ingest.measure("sqlite", 8, pairs * (2 * seconds + LOOK_ENDS_S + 1) + LOOK_ENDS_S, watching)
+    return found | {"p99_ms": line["p99_ms"]}
 
 
-def caught_up(url: str) -> dict[str, float]:
-    """The share of steps that was judged when the clients had ended, and when all were, if within `WAIT_S`."""
-    reader, started = Reader(url), time.monotonic()
-    run = reader.runs()[0].id
-    progress = reader.progress(run)
-    assert progress
-    share = ((reader.judged_step(run) or 0) + 1) / (progress.settled_step + 1)
-    while (reader.judged_step(run) or 0) < progress.settled_step and time.monotonic() < started + WAIT_S:
-        time.sleep(0.1)
+def take_turns(url: str, pairs: int, seconds: float) -> Iterator[dict[str, float]]:
+    """Of each turn: when it was, whether diagnosis worked, which cores it used, rows a second committed and judged."""
+    engine, lease = open_engine(url), schema.lease
+    worker = 0
+
+    def committed() -> int:
+        with engine.connect() as connection:
+            return connection.execute(sa.select(sa.func.sum(schema.source.c.last_step))).scalar() or 0
+
+    def now() -> tuple[float, float, float, float]:
+        """The time of the next commit, the rows until then, the processor time of diagnosis, and the rows it judged."""
+        before = steps = committed()
+        while steps == before:
+            time.sleep(0.01)
+            steps = committed()
+        return time.monotonic(), float(ingest.ROWS * steps), processor_s(worker), judged_rows(url)
+
+    now()
+    worker = diagnosing_process()
+    time.sleep(ingest.WARM_UP_S)
+    for turn in range(2 * pairs):
+        diagnosing = turn % 4 in (1, 2)
+        until = 0 if diagnosing else time.time_ns() + 3600 * 10**9
+        with engine.begin() as connection:
+            held = connection.execute(sa.update(lease).values(holder="bench", until_unix_ns=until)).rowcount
+            assert held == 1, "diagnosis has not begun"
+        time.sleep(0.0 if diagnosing else LOOK_ENDS_S)
+        start = now()
+        time.sleep(seconds)
+        took_s, *done = (end - began for end, began in zip(now(), start, strict=True))
+        rows, cores, judged = (each / took_s for each in done)
+        seen = {"diagnosing": int(diagnosing), "at_s": start[0], "rows_per_s": rows, "cores": cores, "judged": judged}
+        print({name: round(value, 3) for name, value in seen.items()}, file=sys.stderr)
+        yield seen
+    with engine.begin() as connection:
+        connection.execute(sa.update(lease).values(until_unix_ns=0))
+    engine.dispose()
+
+
+def cost(turns: list[dict[str, float]]) -> tuple[float, float]:
+    """The change of the rate where diagnosis works, as a share of it, its standard error; the drift is a parabola."""
+    at, diagnosing, rates = (np.array([turn[name] for turn in turns]) for name in ("at_s", "diagnosing", "rows_per_s"))
+    at = (at - at.mean()) / np.ptp(at)
+    terms = np.stack([diagnosing, np.ones_like(at), at, at**2], axis=1)
+    fitted, *_ = np.linalg.lstsq(terms, np.log(rates), rcond=None)
+    left = np.log(rates) - terms @ fitted
+    variance = left @ left / (left.size - terms.shape[1]) * np.linalg.inv(terms.T @ terms)[0, 0]
+    return float(np.expm1(fitted[0])), float(variance**0.5)
+
+
+def judging_rows_per_s(url: str, seconds: float) -> float:
+    """Rows that diagnosis judges a second from now on; 0.0 where it has judged all."""
+    started, before = time.monotonic(), judged_rows(url)
+    time.sleep(seconds)
+    return (judged_rows(url) - before) / (time.monotonic() - started)
+
+
+def judged_rows(url: str) -> float:
+    """The rows that diagnosis has judged, of all ranks."""
+    reader = Reader(url)
+    run = reader.runs()[0]
+    step = reader.judged_step(run.id) or 0
     reader.close()
-    return {"judged_share": round(share, 2), "caught_up_s": round(time.monotonic() - started, 1)}
+    return float(step * run.ranks * ingest.ROWS)
+
+
+def diagnosing_process() -> int:
+    """The process that a collector of ours has started beside itself."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(folder.name)) == os.getsid(0) and "diagnosis.worker" in (folder / "cmdline").read_text():
+                return int(folder.name)
+    raise SystemExit("the collector has started no diagnosis")
+
+
+def processor_s(process: int) -> float:
+    """The processor time that a process has used; of 0, none."""
+    if not process:
+        return 0.0
+    return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{process}/task").glob("*/schedstat")) / 1e9
 
 
 def pace(steps_per_s: int, seconds: float = 12.0) -> float:
@@ -218,35 +287,39 @@ def page(results: dict[str, Any]) -> str:
         row(f"judging {STEPS} steps of them at once, as after a restart", f"{part['at_once_ms']:.0f} ms", part)
         row(f"a look at {NEW} new steps, with reading and writing on SQLite", f"{part['look_ms']:.0f} ms", part)
     if part := results.get("ingest"):
-        off, on = statistics.median(part["off"]), statistics.median(part["on"])
-        rounds = f"median of {len(part['off'])} rounds of {part['seconds']:g} s"
-        row(f"ingest, 8 streams, without diagnosis, {rounds}", f"{off:,.0f} rows/s", part)
-        row("the same with diagnosis", f"{on:,.0f} rows/s ({on / off - 1:+.1%})", part)
-        p99 = [statistics.median(part[name]) for name in ("off_p99_ms", "on_p99_ms")]
-        row("its p99 from sending to acknowledgement, without and with", f"{p99[0]:,.0f} and {p99[1]:,.0f} ms", part)
-        shares = [f"{each['judged_share']:.0%}" for each in part["behind"]]
-        row("steps that diagnosis had judged when the clients ended", ", ".join(shares), part)
-        later = [f"{each['caught_up_s']:g}" for each in part["behind"]]
-        row(f"seconds until it had judged all ({WAIT_S:g}: not yet)", ", ".join(later), part)
+        change, error = cost(part["turns"])
+        off, on = ([turn for turn in part["turns"] if turn["diagnosing"] == works] for works in (0, 1))
+        rates = [statistics.mean(turn["rows_per_s"] for turn in each) for each in (off, on)]
+        row(
+            f"ingest, 8 streams, without diagnosis, {len(off)} turns of {part['seconds']:g} s",
+            f"{rates[0]:,.0f} rows/s",
+            part,
+        )
+        row("with it, in turns between them", f"{rates[1]:,.0f} rows/s", part)
+        row("what it costs, the drift taken out, and the standard error", f"{change:+.1%} ± {error:.1%}", part)
+        row("p99 from sending to acknowledgement, of both", f"{part['p99_ms']:,.0f} ms", part)
+        row("cores that diagnosis had in its turns", f"{statistics.mean(turn['cores'] for turn in on):.2f}", part)
+        row("rows that it judged meanwhile", f"{statistics.mean(turn['judged'] for turn in on):,.0f} a second", part)
+        row("the same when the clients had ended", f"{part['judged_after']:,.0f} a second", part)
     if part := results.get("pace"):
         for rate, delay in part["delay_s"].items():
             row(f"from a NaN to its finding, {rate} steps/s of {SLOTS:,} tensors", f"{delay:.1f} s", part)
     if part := results.get("ingest"):
-        rates = [", ".join(f"{rate:,.0f}" for rate in part[name]) for name in ("off", "on")]
-        text += ["", f"Rounds without: {rates[0]}; with: {rates[1]} rows/s."]
+        turns = (f"{turn['rows_per_s']:,.0f}{' with' if turn['diagnosing'] else ''}" for turn in part["turns"])
+        text += ["", f"Turns in their order, rows/s: {', '.join(turns)}."]
     return "\n".join(text) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--pairs", type=int, default=10, help="of turns without and with (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=15, help="of a turn (default %(default)s)")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in options.parts:
         if part == "ingest":
-            found = saturated(options.rounds, options.seconds)
+            found = saturated(options.pairs, options.seconds)
         else:
             found = evaluation() if part == "evaluation" else {"delay_s": {rate: pace(rate) for rate in RATES}}
         results[part] = found | {"machine": machine(), "month": f"{datetime.now():%B %Y}"}

@@ -386,7 +386,8 @@ def main(argv: list[str] | None = None) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        if spec.ranks > 1:
+        if spec.ranks > 1:  # they share this machine, and would wait for each other's threads
+            torch.set_num_threads(max(1, torch.get_num_threads() // spec.ranks))
             dist.init_process_group("gloo")
         train_gpt.train(training, before_step=before_step, conversion=recipe_of(spec, training.recipe))
     finally:

@@ -82,7 +82,9 @@ class Episodes:
 
     def forget(self, rows: int) -> None:
         """Drops what nothing can join any more when `rows` rows have been observed."""
-        for key in list(self._parts):
+        for key, found in list(self._parts.items()):
+            if not any(is_final(episode, rows) for episodes in found.values() for episode in episodes):
+                continue
             last_row = max((episode.last_row for episode in self.of(key) if is_final(episode, rows)), default=-1)
             parts = {
                 ranks: [finding for finding in found if finding.last_row > last_row]

@@ -155,8 +155,8 @@ class RunWatch:
         self._episodes = Episodes()
         self._judged: dict[int, int] = {}  # the last step of each source that is judged
 
-    def advance(self, run: RunNow, now_unix_ns: int) -> tuple[list[Change], bool]:
-        """Judges what is new; the changes, and whether there is more than fitted into `RUN_BUDGET_S`."""
+    def advance(self, run: RunNow, now_unix_ns: int, budget_s: float) -> tuple[list[Change], bool]:
+        """Judges what is new; the changes, whether there is more than fitted into `budget_s`, or one piece."""
         self.heard_unix_ns = run.heard_unix_ns
         to_step = self._pace.settled(run, now_unix_ns / 1e9)
         sources = frozenset(source.id for source in run.sources)
@@ -164,7 +164,7 @@ class RunWatch:
             self._meet(run)
         if (late := self._late(run, to_step)) is not None:
             self._begin(late)
-        more = self._judge(to_step)
+        more = self._judge(to_step, budget_s)
         caught_up = not more
         if caught_up:
             self._cursor = replace(self._cursor, step=max(self._cursor.step, to_step))
@@ -247,10 +247,10 @@ class RunWatch:
                 return found[-count:]
             reach *= 4
 
-    def _judge(self, to_step: int) -> bool:
+    def _judge(self, to_step: int, budget_s: float) -> bool:
         """Reads and judges up to `to_step`; whether the time was not enough."""
         assert self._rows is not None
-        deadline = self._clock() + RUN_BUDGET_S
+        deadline = self._clock() + budget_s
         if to_step <= self._cursor.step:
             return False
         cells = len(self._rows.ranks or ()) * len(self._rows.slots)
@@ -312,11 +312,13 @@ class Watcher:
         self._reading.dispose()
         self._writing.close()
 
-    def look(self, between: Callable[[], bool] = lambda: True) -> tuple[list[News], bool]:
+    def look(
+        self, between: Callable[[], bool] = lambda: True, budget_s: float = RUN_BUDGET_S
+    ) -> tuple[list[News], bool]:
         """Judges what is new in all runs; what changed, and whether there is more to do at once.
 
-        `between` is called before each run; False ends the look. A run that cannot be judged is logged and left out,
-        the others go on.
+        `between` is called before each run; False ends the look. A run gets `budget_s`, and one piece at least. One
+        that cannot be judged is logged and left out, the others go on.
 
         Raises: SQLAlchemy's errors, where the database is away.
         """
@@ -327,7 +329,7 @@ class Watcher:
                 return news, unfinished
             now = self._unix_ns()
             try:
-                changes, more = self._watch(run).advance(run, now)
+                changes, more = self._watch(run).advance(run, now, budget_s)
             except sa.exc.IntegrityError:
                 self._runs.pop(run.id, None)  # deleted meanwhile
                 continue
@@ -348,11 +350,11 @@ class Watcher:
         self._forget()
         return news, unfinished
 
-    def steps_behind(self) -> int:
-        """How many steps of all processes are committed and not judged; runs that are done with count as not judged."""
+    def steps(self) -> tuple[int, int]:
+        """The steps of all processes that are committed, and those judged, without runs that are done with."""
         with self._reading.connect() as connection:
             committed = connection.execute(sa.select(sa.func.sum(schema.source.c.last_step))).scalar() or 0
-        return int(committed) - sum(watch.judged_steps for watch in self._runs.values())
+        return int(committed), sum(watch.judged_steps for watch in self._runs.values())
 
     def _watch(self, run: RunNow) -> RunWatch:
         known = self._runs.get(run.id)

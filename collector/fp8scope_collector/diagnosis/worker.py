@@ -13,20 +13,21 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import sqlalchemy as sa
 import structlog
 
-from fp8scope_collector.diagnosis.live import Lease, Watcher
+from fp8scope_collector.diagnosis.live import RUN_BUDGET_S, Lease, News, Watcher
 from fp8scope_collector.diagnosis.notify import Notifier
-from fp8scope_collector.diagnosis.priority import step_back
+from fp8scope_collector.diagnosis.priority import Demand, step_aside, step_back
 from fp8scope_collector.diagnosis.settings import Settings
 from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.storage.stats_store import StorageError
 
 REST = 1  # times the processor time of a look, before the next: at most half a core, where one is idle
-REST_FALLING_BEHIND = 6  # the same where rows come faster than they are judged: it will be late anyway
-LONGEST_REST_S = 5.0
+REST_OVERRUN = 12  # the same where half a core would not be enough to follow: it will be late anyway
+LONGEST_REST_S = 20.0  # shorter than the lease
 log = structlog.get_logger()
 
 
@@ -40,24 +41,29 @@ def work(settings: Settings, stop: threading.Event) -> None:
     lease = Lease(settings.db, f"{socket.gethostname()}-{os.getpid()}")
     notifier = Notifier(settings.webhook) if settings.webhook else None
     step_back()
-    was = behind = 0
+    aside, demand, overrun = ThreadPoolExecutor(1, "fp8scope-aside", step_aside), Demand(), False
+
+    def look() -> tuple[list[News], bool]:
+        return watcher.look(lambda: not stop.is_set() and lease.hold(), 0.0 if overrun else RUN_BUDGET_S)
+
     try:
         while not stop.is_set():
-            started, used = time.monotonic(), time.thread_time()
+            started, used_before_s = time.monotonic(), time.process_time()
             more = False
             try:
                 if lease.hold():
-                    news, more = watcher.look(lambda: not stop.is_set() and lease.hold())
+                    news, more = aside.submit(look).result() if overrun else look()
                     if notifier:
                         notifier.tell(news)
-                was, behind = behind, watcher.steps_behind() if more else 0
+                    cores = demand.after(*watcher.steps(), time.process_time() - used_before_s)
+                    overrun = more and cores > 1 / (1 + REST)
             except sa.exc.DBAPIError as error:
                 log.warning("diagnosis waits for the database", error=" ".join(str(error.orig).split()))
-            took_s = time.monotonic() - started
-            rest = REST_FALLING_BEHIND if behind > was > 0 else REST
-            rest_s = min(rest * (time.thread_time() - used), LONGEST_REST_S)
+            took_s, used_s = time.monotonic() - started, time.process_time() - used_before_s
+            rest_s = min((REST_OVERRUN if overrun else REST) * used_s, LONGEST_REST_S)
             stop.wait(rest_s if more else max(settings.every_s - took_s, rest_s))
     finally:
+        aside.shutdown()
         lease.release()
         if notifier:
             notifier.close()

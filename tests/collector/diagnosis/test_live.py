@@ -339,19 +339,18 @@ def test_two_that_judge_at_once_write_each_finding_once(engine: sa.Engine, datab
 def test_a_run_that_takes_several_looks_goes_on_where_the_last_one_ended(
     engine: sa.Engine, database_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fp8scope_collector.diagnosis.live.RUN_BUDGET_S", 0.0)
     monkeypatch.setattr("fp8scope_collector.diagnosis.live.PIECE_CELLS", 1)  # 18 rows, a quarter of the context
     job = Job(engine, quiet(200, nonfinite=[30, 90]), now_unix_ns=clock())
     job.send(now_unix_ns=clock())
     watcher, reader = Watcher(database_url, unix_ns=clock), Reader(database_url)
 
-    judged, behind = [], []
+    judged, steps = [], []
     for _ in range(12):
-        watcher.look()
+        watcher.look(budget_s=0.0)
         judged.append(reader.judged_step(reader.run("gpt").id))
-        behind.append(watcher.steps_behind())
+        steps.append(watcher.steps())
     assert judged == [min(18 * looks, 200) - 1 for looks in range(1, 13)]
-    assert behind == [199 - step for step in judged]
+    assert steps == [(199, step) for step in judged]
 
     job.finish(now_unix_ns=clock())
     look(watcher, clock)
