@@ -2,14 +2,15 @@
 
 * **evaluation**: all rules over 1,680 tensors with 512 steps in memory: extended by a cursor (8 new steps come, the
   usual case), and all 512 at once (after a restart, or in a replay); and a look of the process, which reads and writes.
-* **ingest**: the saturated collector of `bench/ingest.py`, in whose one life diagnosis works and waits in turns: it
-  waits while the bench holds its lease, as another collector would. Rows clip and have NaN in every step, so that every
-  tensor has findings of several rules: the dearest there can be. Turns begin and end with a commit; as a look may end
-  after its turn, turns without begin later. What diagnosis costs is fitted together with the drift of the rate, which
-  falls as the database grows. How many rows it judges meanwhile, and when the clients have ended.
+* **ingest**: the saturated collector of `bench/ingest.py` with diagnosis beside it. Rows clip and have NaN in every
+  step, so that every tensor has findings of several rules: the dearest there can be. Every two seconds, from commit
+  to commit, it is noted what came in and what diagnosis used, which looks for some seconds and rests for more; what
+  one core of it would cost is fitted to how both differ from what they are around that time, since a machine is
+  faster in one minute than in the next by more than diagnosis costs. How many rows it judges meanwhile, and when the
+  clients have ended.
 * **pace**: an agent that sends 10 or 100 steps a second; seconds from sending a NaN until its finding is stored.
 
-    python bench/diagnosis.py [--parts evaluation ingest pace] [--pairs 10] [--seconds 15]
+    python bench/diagnosis.py [--parts evaluation ingest pace] [--seconds 240]
 
 What is measured replaces its part in bench/results/diagnosis.json; diagnosis.md is made from that.
 """
@@ -55,7 +56,8 @@ from recordings import Job
 
 SLOTS, STEPS, NEW = 1680, 512, 8
 PARTS = ("evaluation", "ingest", "pace")
-LOOK_ENDS_S = 6.0  # from losing the lease until diagnosis is still
+NOTED_S = 2.0
+AROUND = 10  # as many before and after
 CATCHING_UP_S = 30.0  # that are watched when the clients have ended
 RATES = (10, 100)  # steps a second of one agent
 TYPES = {field.name: np.dtype(field.dtype).newbyteorder("<") for field in FIELDS}
@@ -131,26 +133,28 @@ def evaluation() -> dict[str, Any]:
     return {"judging_ms": judging_ms(), "at_once_ms": replay_ms(), "look_ms": look_ms()}
 
 
-def saturated(pairs: int, seconds: float) -> dict[str, Any]:
-    """What was seen of each turn, and how fast diagnosis judges when the clients have ended."""
+def saturated(seconds: float) -> dict[str, Any]:
+    """What was noted of a saturated collector, and how fast diagnosis judges when the clients have ended."""
     os.environ["FP8SCOPE_DIAGNOSIS"] = "on"
     found: dict[str, Any] = {"seconds": seconds}
 
     @contextlib.contextmanager
     def watching(url: str) -> Iterator[None]:
-        taker = threading.Thread(target=lambda: found.update(turns=list(take_turns(url, pairs, seconds))))
-        taker.start()
+        ended = threading.Event()
+        noting = threading.Thread(target=lambda: found.update(noted=list(noted(url, ended))))
+        noting.start()
         yield
-        taker.join()
+        ended.set()
+        noting.join()
         found["judged_after"] = judging_rows_per_s(url, CATCHING_UP_S)
 
-    line = ingest.measure("sqlite", 8, pairs * (2 * seconds + LOOK_ENDS_S + 1) + LOOK_ENDS_S, watching)
+    line = ingest.measure("sqlite", 8, seconds, watching)
     return found | {"p99_ms": line["p99_ms"]}
 
 
-def take_turns(url: str, pairs: int, seconds: float) -> Iterator[dict[str, float]]:
-    """Of each turn: when it was, whether diagnosis worked, which cores it used, rows a second committed and judged."""
-    engine, lease = open_engine(url), schema.lease
+def noted(url: str, ended: threading.Event) -> Iterator[dict[str, float]]:
+    """Rows a second committed, the cores that diagnosis used, and rows a second judged, between two commits each."""
+    engine = open_engine(url, read_only=True)
     worker = 0
 
     def committed() -> int:
@@ -158,44 +162,36 @@ def take_turns(url: str, pairs: int, seconds: float) -> Iterator[dict[str, float
             return connection.execute(sa.select(sa.func.sum(schema.source.c.last_step))).scalar() or 0
 
     def now() -> tuple[float, float, float, float]:
-        """The time of the next commit, the rows until then, the processor time of diagnosis, and the rows it judged."""
         before = steps = committed()
-        while steps == before:
+        while steps == before and not ended.is_set():
             time.sleep(0.01)
             steps = committed()
         return time.monotonic(), float(ingest.ROWS * steps), processor_s(worker), judged_rows(url)
 
     now()
     worker = diagnosing_process()
-    time.sleep(ingest.WARM_UP_S)
-    for turn in range(2 * pairs):
-        diagnosing = turn % 4 in (1, 2)
-        until = 0 if diagnosing else time.time_ns() + 3600 * 10**9
-        with engine.begin() as connection:
-            held = connection.execute(sa.update(lease).values(holder="bench", until_unix_ns=until)).rowcount
-            assert held == 1, "diagnosis has not begun"
-        time.sleep(0.0 if diagnosing else LOOK_ENDS_S)
-        start = now()
-        time.sleep(seconds)
-        took_s, *done = (end - began for end, began in zip(now(), start, strict=True))
-        rows, cores, judged = (each / took_s for each in done)
-        seen = {"diagnosing": int(diagnosing), "at_s": start[0], "rows_per_s": rows, "cores": cores, "judged": judged}
-        print({name: round(value, 3) for name, value in seen.items()}, file=sys.stderr)
-        yield seen
-    with engine.begin() as connection:
-        connection.execute(sa.update(lease).values(until_unix_ns=0))
+    time.sleep(2 * ingest.WARM_UP_S)
+    start = now()
+    while not ended.wait(NOTED_S):
+        if ended.is_set() or (end := now())[1] == start[1]:
+            break
+        took_s, *done = (after - before for after, before in zip(end, start, strict=True))
+        names = ("rows_per_s", "cores", "judged_per_s")
+        yield {name: round(each / took_s, 3) for name, each in zip(names, done, strict=True)}
+        start = end
     engine.dispose()
 
 
-def cost(turns: list[dict[str, float]]) -> tuple[float, float]:
-    """The change of the rate where diagnosis works, as a share of it, its standard error; the drift is a parabola."""
-    at, diagnosing, rates = (np.array([turn[name] for turn in turns]) for name in ("at_s", "diagnosing", "rows_per_s"))
-    at = (at - at.mean()) / np.ptp(at)
-    terms = np.stack([diagnosing, np.ones_like(at), at, at**2], axis=1)
-    fitted, *_ = np.linalg.lstsq(terms, np.log(rates), rcond=None)
-    left = np.log(rates) - terms @ fitted
-    variance = left @ left / (left.size - terms.shape[1]) * np.linalg.inv(terms.T @ terms)[0, 0]
-    return float(np.expm1(fitted[0])), float(variance**0.5)
+def cost(noted: list[dict[str, float]]) -> tuple[float, float]:
+    """What diagnosis took of the rate, as a share, and its standard error."""
+    rates, cores = (np.array([each[name] for each in noted]) for name in ("rows_per_s", "cores"))
+    near = np.abs(np.subtract.outer(np.arange(rates.size), np.arange(rates.size))) <= AROUND
+    near = near / near.sum(axis=1, keepdims=True)
+    of_rate, of_cores = (rates / (near @ rates) - 1, cores - near @ cores)
+    a_core = of_cores @ of_rate / (of_cores @ of_cores)
+    left = of_rate - a_core * of_cores
+    error = (left @ left / (left.size - 2) / (of_cores @ of_cores)) ** 0.5
+    return float(a_core * cores.mean()), float(error * cores.mean())
 
 
 def judging_rows_per_s(url: str, seconds: float) -> float:
@@ -287,39 +283,29 @@ def page(results: dict[str, Any]) -> str:
         row(f"judging {STEPS} steps of them at once, as after a restart", f"{part['at_once_ms']:.0f} ms", part)
         row(f"a look at {NEW} new steps, with reading and writing on SQLite", f"{part['look_ms']:.0f} ms", part)
     if part := results.get("ingest"):
-        change, error = cost(part["turns"])
-        off, on = ([turn for turn in part["turns"] if turn["diagnosing"] == works] for works in (0, 1))
-        rates = [statistics.mean(turn["rows_per_s"] for turn in each) for each in (off, on)]
-        row(
-            f"ingest, 8 streams, without diagnosis, {len(off)} turns of {part['seconds']:g} s",
-            f"{rates[0]:,.0f} rows/s",
-            part,
-        )
-        row("with it, in turns between them", f"{rates[1]:,.0f} rows/s", part)
-        row("what it costs, the drift taken out, and the standard error", f"{change:+.1%} ± {error:.1%}", part)
-        row("p99 from sending to acknowledgement, of both", f"{part['p99_ms']:,.0f} ms", part)
-        row("cores that diagnosis had in its turns", f"{statistics.mean(turn['cores'] for turn in on):.2f}", part)
-        row("rows that it judged meanwhile", f"{statistics.mean(turn['judged'] for turn in on):,.0f} a second", part)
+        change, error = cost(part["noted"])
+        means = {name: statistics.mean(each[name] for each in part["noted"]) for name in part["noted"][0]}
+        row(f"ingest, 8 streams, with diagnosis, {part['seconds']:g} s", f"{means['rows_per_s']:,.0f} rows/s", part)
+        row("what diagnosis takes of that, and the standard error", f"{change:+.1%} ± {error:.1%}", part)
+        row("p99 from sending to acknowledgement", f"{part['p99_ms']:,.0f} ms", part)
+        row("cores that diagnosis used", f"{means['cores']:.2f}", part)
+        row("rows that it judged meanwhile", f"{means['judged_per_s']:,.0f} a second", part)
         row("the same when the clients had ended", f"{part['judged_after']:,.0f} a second", part)
     if part := results.get("pace"):
         for rate, delay in part["delay_s"].items():
             row(f"from a NaN to its finding, {rate} steps/s of {SLOTS:,} tensors", f"{delay:.1f} s", part)
-    if part := results.get("ingest"):
-        turns = (f"{turn['rows_per_s']:,.0f}{' with' if turn['diagnosing'] else ''}" for turn in part["turns"])
-        text += ["", f"Turns in their order, rows/s: {', '.join(turns)}."]
     return "\n".join(text) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--pairs", type=int, default=10, help="of turns without and with (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=15, help="of a turn (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=240, help="of saturated ingest (default %(default)s)")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in options.parts:
         if part == "ingest":
-            found = saturated(options.pairs, options.seconds)
+            found = saturated(options.seconds)
         else:
             found = evaluation() if part == "evaluation" else {"delay_s": {rate: pace(rate) for rate in RATES}}
         results[part] = found | {"machine": machine(), "month": f"{datetime.now():%B %Y}"}

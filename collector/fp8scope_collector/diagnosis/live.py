@@ -351,9 +351,11 @@ class Watcher:
         return news, unfinished
 
     def steps(self) -> tuple[int, int]:
-        """The steps of all processes that are committed, and those judged, without runs that are done with."""
+        """The steps that are committed of all processes of the runs that it looks after, and those judged."""
+        source = schema.source.c
+        query = sa.select(sa.func.sum(source.last_step)).where(source.run_id.in_(list(self._runs)))
         with self._reading.connect() as connection:
-            committed = connection.execute(sa.select(sa.func.sum(schema.source.c.last_step))).scalar() or 0
+            committed = connection.execute(query).scalar() or 0
         return int(committed), sum(watch.judged_steps for watch in self._runs.values())
 
     def _watch(self, run: RunNow) -> RunWatch:

@@ -36,25 +36,37 @@ def step_aside() -> None:
 
 
 class Demand:
-    """How much of a core it would take to judge rows as fast as they come, from one look to the next."""
+    """How much of a core it would take to judge rows as fast as they come, and how late diagnosis is."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._last: tuple[float, int, int] | None = None
-        self._cores = 0.0
+        self._last_s = clock()
+        self._committed = self._judged = 0
+        self._steps_per_s = self._a_step_s = 0.0
 
-    def after(self, committed: int, judged: int, used_s: float) -> float:
-        """The cores, after a look for which so many steps were committed and judged in all, and that took `used_s`.
-
-        A look that judged nothing says nothing: the answer is that of the one before, 0 at first.
-        """
+    def came(self, committed: int) -> None:
+        """So many steps are committed now, in all."""
         now = self._clock()
-        if self._last:
-            then, had_come, had_judged = self._last
-            if judged > had_judged and now > then:
-                self._cores = (committed - had_come) / (now - then) * used_s / (judged - had_judged)
-        self._last = (now, committed, judged)
-        return self._cores
+        if now > self._last_s:
+            self._steps_per_s = max(0.0, (committed - self._committed) / (now - self._last_s))
+            self._last_s, self._committed = now, committed
+
+    def looked(self, committed: int, judged: int, used_s: float) -> None:
+        """A look has taken `used_s` of processor time, and so many steps are committed and judged now, in all."""
+        self.came(committed)
+        if judged > self._judged:
+            self._a_step_s = used_s / (judged - self._judged)
+        self._judged = judged
+
+    @property
+    def cores(self) -> float:
+        """The cores that it would take to follow, as rows came lately and by what the last look took for a step."""
+        return self._steps_per_s * self._a_step_s
+
+    @property
+    def late_s(self) -> float:
+        """For how long what is not judged has been coming, as rows came lately."""
+        return (self._committed - self._judged) / self._steps_per_s if self._steps_per_s else 0.0
 
 
 class Transactions:

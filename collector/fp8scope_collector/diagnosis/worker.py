@@ -26,7 +26,8 @@ from fp8scope_collector.logs import log_to_stderr
 from fp8scope_collector.storage.stats_store import StorageError
 
 REST = 1  # times the processor time of a look, before the next: at most half a core, where one is idle
-REST_OVERRUN = 12  # the same where half a core would not be enough to follow: it will be late anyway
+REST_ASIDE = 12  # the same where that is not enough to follow and it is late anyway
+LATE_S = 15.0
 LONGEST_REST_S = 20.0  # shorter than the lease
 log = structlog.get_logger()
 
@@ -41,7 +42,8 @@ def work(settings: Settings, stop: threading.Event) -> None:
     lease = Lease(settings.db, f"{socket.gethostname()}-{os.getpid()}")
     notifier = Notifier(settings.webhook) if settings.webhook else None
     step_back()
-    aside, demand, overrun = ThreadPoolExecutor(1, "fp8scope-aside", step_aside), Demand(), False
+    aside = ThreadPoolExecutor(1, "fp8scope-aside", step_aside)
+    demand, overrun = Demand(), False
 
     def look() -> tuple[list[News], bool]:
         return watcher.look(lambda: not stop.is_set() and lease.hold(), 0.0 if overrun else RUN_BUDGET_S)
@@ -55,19 +57,30 @@ def work(settings: Settings, stop: threading.Event) -> None:
                     news, more = aside.submit(look).result() if overrun else look()
                     if notifier:
                         notifier.tell(news)
-                    cores = demand.after(*watcher.steps(), time.process_time() - used_before_s)
-                    overrun = more and cores > 1 / (1 + REST)
+                    demand.looked(*watcher.steps(), time.process_time() - used_before_s)
+                    overrun = more and too_much(demand)
+                took_s, used_s = time.monotonic() - started, time.process_time() - used_before_s
+                rest_s = min((REST_ASIDE if overrun else REST) * used_s, LONGEST_REST_S)
+                rest_s = rest_s if more else max(settings.every_s - took_s, rest_s)
+                while overrun and rest_s > settings.every_s and not stop.wait(settings.every_s):
+                    rest_s -= settings.every_s
+                    demand.came(watcher.steps()[0])
+                    overrun = too_much(demand)
+                stop.wait(rest_s if overrun or not more else min(rest_s, REST * used_s))
             except sa.exc.DBAPIError as error:
                 log.warning("diagnosis waits for the database", error=" ".join(str(error.orig).split()))
-            took_s, used_s = time.monotonic() - started, time.process_time() - used_before_s
-            rest_s = min((REST_OVERRUN if overrun else REST) * used_s, LONGEST_REST_S)
-            stop.wait(rest_s if more else max(settings.every_s - took_s, rest_s))
+                stop.wait(settings.every_s)
     finally:
         aside.shutdown()
         lease.release()
         if notifier:
             notifier.close()
         watcher.close()
+
+
+def too_much(demand: Demand) -> bool:
+    """Whether half a core could not follow what comes, and findings are late as it is."""
+    return demand.cores > 1 / (1 + REST) and demand.late_s > LATE_S
 
 
 def main() -> None:

@@ -28,24 +28,29 @@ def test_what_following_takes_does_not_depend_on_how_long_diagnosis_rested() -> 
     for rest_s in (1.0, 20.0):
         clock = Clock()
         demand = Demand(clock)
-        assert demand.after(0, 0, used_s=1.0) == 0.0, "one look says nothing of a rate"
+        assert (demand.cores, demand.late_s) == (0.0, 0.0)
 
         clock.now += 1 + rest_s  # 100 steps a second came, of which a look of one second judged 50
-        cores = demand.after(round(100 * clock.now), 50, used_s=1.0)
+        demand.looked(round(100 * clock.now), 50, used_s=1.0)
 
-        assert cores == pytest.approx(2.0)
+        assert demand.cores == pytest.approx(2.0)
+        assert demand.late_s == pytest.approx((100 * clock.now - 50) / 100)
 
 
-def test_a_look_that_judged_nothing_or_began_again_changes_nothing() -> None:
+def test_when_rows_come_no_longer_diagnosis_is_not_late_and_a_look_that_judges_nothing_says_nothing() -> None:
     clock = Clock()
     demand = Demand(clock)
-    demand.after(0, 0, 1.0)
     clock.now = 1.0
-    assert demand.after(100, 50, 0.25) == pytest.approx(0.5)
-    clock.now = 2.0
+    demand.looked(100, 50, 0.25)
+    assert demand.cores == pytest.approx(0.5)
 
-    assert demand.after(900, 50, 1.0) == pytest.approx(0.5)
-    assert demand.after(900, 20, 1.0) == pytest.approx(0.5)
+    clock.now = 2.0
+    demand.looked(200, 20, 9.0)  # it began again: rows came late
+    assert demand.cores == pytest.approx(0.5)
+
+    clock.now = 3.0
+    demand.came(200)
+    assert (demand.cores, demand.late_s) == (0.0, 0.0)
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux has it")
@@ -57,9 +62,9 @@ def test_a_thread_that_steps_aside_leaves_the_others_as_they_are() -> None:
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-@pytest.mark.parametrize(("cores", "aside"), [(0.6, True), (0.4, False)])
-def test_where_half_a_core_could_not_follow_diagnosis_steps_aside_and_else_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, aside: bool
+@pytest.mark.parametrize(("cores", "late_s", "aside"), [(0.6, 16.0, True), (0.4, 16.0, False), (0.6, 14.0, False)])
+def test_where_half_a_core_could_not_follow_and_findings_are_late_diagnosis_steps_aside_and_else_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, late_s: float, aside: bool
 ) -> None:
     url, stop = f"sqlite:///{tmp_path}/test.db", threading.Event()
     engine = open_engine(url)
@@ -74,9 +79,10 @@ def test_where_half_a_core_could_not_follow_diagnosis_steps_aside_and_else_it_do
         return [], True
 
     monkeypatch.setattr(Watcher, "look", look)
-    monkeypatch.setattr(Demand, "after", lambda *_: cores)
+    monkeypatch.setattr(Demand, "cores", cores)
+    monkeypatch.setattr(Demand, "late_s", late_s)
     monkeypatch.setattr(worker, "step_back", lambda: None)
 
-    worker.work(Settings(url, 0.0, None), stop)
+    worker.work(Settings(url, 1.0, None), stop)
 
     assert looks == [(False, RUN_BUDGET_S), *2 * [(aside, 0.0 if aside else RUN_BUDGET_S)]]
