@@ -10,7 +10,7 @@ import pytest
 
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, Histograms, Quantity, Ranks, Series, Slot, Spread
-from fp8scope_dashboard import links, names, queries, text
+from fp8scope_dashboard import heatmaps, links, names, text
 from fp8scope_dashboard.charts import overview, panels, ranking, ranks, scales, tensor
 from fp8scope_dashboard.component import message, panel
 
@@ -99,7 +99,7 @@ def test_a_tick_changes_no_old_column_when_what_is_usual_moves() -> None:
     grid = np.zeros((1200, 41))
     grid[5, 20:] = 7
     slots = [a_slot(i) for i in range(1200)]
-    live = queries.LiveHeatMaps(1, ("scale_exp2",), 0, None)
+    live = heatmaps.LiveHeatMaps(1, ("scale_exp2",), 0, None)
 
     def drawn(columns: int) -> Any:
         heatmap = HeatMap("scale_exp2", 1, 0, np.arange(1200), grid[:, :columns], grid[:, :columns])

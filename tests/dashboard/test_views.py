@@ -16,7 +16,7 @@ from streamlit.testing.v1 import AppTest
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import QUANTITIES, Reader, StorageError
-from fp8scope_dashboard import queries
+from fp8scope_dashboard import heatmaps, queries
 from fp8scope_dashboard.charts import tensor
 from fp8scope_dashboard.views import advice
 
@@ -379,7 +379,7 @@ def test_a_live_heat_map_is_what_reading_all_of_it_gives(
 ) -> None:
     url, engine, source = growing
     monkeypatch.setattr("fp8scope_dashboard.charts.panels.MAX_COLUMNS", 20)
-    live = queries.LiveHeatMaps(1, ("scale_exp2", "overflow"), 0, None)
+    live = heatmaps.LiveHeatMaps(1, ("scale_exp2", "overflow"), 0, None)
     live.read()
 
     for steps in (range(100, 103), range(103, 131)):

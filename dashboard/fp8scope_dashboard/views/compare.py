@@ -11,7 +11,7 @@ import streamlit as st
 
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import RunSummary, Slot
-from fp8scope_dashboard import links, names, queries, text
+from fp8scope_dashboard import heatmaps, links, names, queries, text
 from fp8scope_dashboard.charts import compare, overview, panels
 from fp8scope_dashboard.component import panel
 from fp8scope_dashboard.views import run as run_view
@@ -107,7 +107,7 @@ def _pairs(
     """The first run with each of the others; None where one of the two has no rows in the range."""
     maps = []
     for run, start in zip(runs, starts, strict=True):
-        live = queries.live_heatmaps(queries.database_url(), run.id, (where.quantity,), start, where.last_step)
+        live = heatmaps.live_heatmaps(queries.database_url(), run.id, (where.quantity,), start, where.last_step)
         maps.append(live.read().get(where.quantity))
     pairs: list[compare.Aligned | None] = []
     for i in range(1, len(runs)):
@@ -198,7 +198,7 @@ def _difference(
     last: int,
     explicit: list[int] | None,
 ) -> None:
-    live = queries.live_heatmaps(
+    live = heatmaps.live_heatmaps(
         queries.database_url(), one.id, (where.quantity,), shell.steps_of(where, one)[0], where.last_step
     )
     panel.title("difference title", f"{other.ref} less {one.ref}", "click: the tensor below, in all runs")

@@ -15,7 +15,7 @@ import streamlit as st
 
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import QUANTITIES, HeatMap, Quantity, RunSummary, Slot
-from fp8scope_dashboard import links, names, queries, text
+from fp8scope_dashboard import heatmaps, links, names, queries, text
 from fp8scope_dashboard.charts import overview, ranking
 from fp8scope_dashboard.component import panel
 from fp8scope_dashboard.views import findings, shell
@@ -166,10 +166,10 @@ def _body(where: links.Where, drawn_to: int) -> None:
         shell.go(where)  # not where the browser was when it sent this tick: a zoom may have moved it since
 
 
-def _maps(where: links.Where, run: RunSummary, first: int) -> tuple[queries.LiveHeatMaps, dict[Quantity, HeatMap]]:
+def _maps(where: links.Where, run: RunSummary, first: int) -> tuple[heatmaps.LiveHeatMaps, dict[Quantity, HeatMap]]:
     """The map that is shown and those that the ranking needs; the first time they may take a while."""
     quantities = tuple(dict.fromkeys((where.quantity, *ranking.LOSSES)))
-    live = queries.live_heatmaps(queries.database_url(), run.id, quantities, first, where.last_step)
+    live = heatmaps.live_heatmaps(queries.database_url(), run.id, quantities, first, where.last_step)
     if live.progress is None:
         with st.spinner(f"Reading {text.count(run.rows)} rows"):
             return live, live.read()

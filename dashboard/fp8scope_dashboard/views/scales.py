@@ -8,7 +8,7 @@ import streamlit as st
 
 from fp8core.records import Role
 from fp8scope_collector.storage.reader import HeatMap, RunSummary, Slot
-from fp8scope_dashboard import links, names, queries, text
+from fp8scope_dashboard import heatmaps, links, names, queries, text
 from fp8scope_dashboard.charts import scales
 from fp8scope_dashboard.component import panel
 from fp8scope_dashboard.views import advice, shell
@@ -46,7 +46,7 @@ def _body(where: links.Where) -> None:
         st.info(shell.escaped(f"{error}."))
         return
     first, last = shell.steps_of(where, run)
-    live = queries.live_heatmaps(queries.database_url(), run.id, ("scale_exp2",), first, where.last_step)
+    live = heatmaps.live_heatmaps(queries.database_url(), run.id, ("scale_exp2",), first, where.last_step)
     heatmap = live.read().get("scale_exp2")
     if heatmap is None or not heatmap.low.shape[1]:
         st.info("No rows between these steps.")
