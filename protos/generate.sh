@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes the Python code of telemetry.proto; with --check, only says whether the committed code is current.
 # The generator is pinned: its output runs on protobuf 5 to 7, that of newer ones refuses older runtimes.
+# The NotImplementedError in its output is gRPC's answer of a service without that method; our servicers have them all.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv=../.venv-protos
