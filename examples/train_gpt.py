@@ -13,6 +13,7 @@ attention products, norms and the output head stay in bf16, as in arXiv 2309.172
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -49,6 +50,7 @@ FORMAT_PAIRS = {pair.name: pair for pair in (fp8core.HYBRID, fp8core.E4M3, fp8co
 # The data: bytes of the standard library ---------------------------------------------------------------------------
 
 
+@functools.cache
 def standard_library_bytes() -> tuple[Tensor, Tensor]:
     """Training and held-out text, uint8 [bytes] each; the split is by file and the same on every call."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])

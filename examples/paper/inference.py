@@ -42,12 +42,25 @@ class Evaluation:
     size: Size
     task: str
     constants: tuple[int, ...]
-    sweep_examples: int = 600
+    sweep_examples: int = 500
 
     @property
     def name(self) -> str:
         """The run's name in the database and its result's file."""
         return f"{self.size.name}-infer-{self.task}"
+
+    @property
+    def start(self) -> str:
+        """The name of the training whose weights are evaluated."""
+        return Job(self.size, "fp32", 0, 1.0, 0, None if self.task == "text" else self.task).name
+
+    @property
+    def cost(self) -> float:
+        """In the unit of a training's: five models read all texts, and one for each constant some."""
+        swept = len(self.constants) * self.sweep_examples
+        if self.task == "text":
+            return float(self.size.parameters * self.size.context * (5 * self.sweep_examples + swept))
+        return float(self.size.parameters * tasks.BYTES_PER_TEXT * (5 * HELD_OUT + swept))
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,12 @@ class EncoderEvaluation:
 
     constants: tuple[int, ...]
     name: str = "minilm-infer-retrieval"
+    start: str | None = None
+
+    @property
+    def cost(self) -> float:
+        """In the unit of a training's: the encoder's blocks have 11 M parameters, and every model reads all texts."""
+        return 10.6e6 * TOKENS * 2.0 * PAIRS * (6 + len(self.constants))
 
 
 def run(job: Evaluation, *, collector: str, folder: Path) -> dict[str, Any]:
@@ -63,21 +82,19 @@ def run(job: Evaluation, *, collector: str, folder: Path) -> dict[str, Any]:
     began = time.process_time()
     torch.set_num_threads(1)
     gpt = new_gpt(job.size)
-    pretraining = Job(job.size, "fp32", 0, 1.0, 0)
+    weights = torch.load(folder / "weights" / f"{job.start}.pt")
     model: nn.Module
     if job.task == "text":
         model = gpt
-        model.load_state_dict(torch.load(folder / "weights" / f"{pretraining.name}.pt"))
         _, held_out = standard_library_bytes()
         windows = batches(held_out, job.sweep_examples, job.size.context, 0, CPU)
         texts, answers = next(windows)
     else:
         task = tasks.load(job.task, train=20_000, held_out=HELD_OUT)
         model = Classifier(gpt, task.classes)
-        name = Job(job.size, "fp32", 0, 1.0, 0, job.task).name
-        model.load_state_dict(torch.load(folder / "weights" / f"{name}.pt"))
         order = torch.randperm(len(task.held_out_y), generator=torch.Generator().manual_seed(0))
         texts, answers = task.held_out_x[order].long(), task.held_out_y[order]
+    model.load_state_dict(weights)
 
     def score(candidate: nn.Module, examples: int | None = None) -> float:
         losses, right = 0.0, 0

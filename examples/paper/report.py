@@ -196,7 +196,7 @@ def _tuning(found: Numbers) -> str:
 ## Fine-tuning (the paper's table 5)
 
 Two tasks over held-out lines of the library: whether a line is code, comment or part of a docstring (`kind`), and
-which of seven packages two lines are from (`package`). Each starts from the float32 weights of its seed. ± is the
+which of three packages two lines are from (`package`). Each starts from the float32 weights of its seed. ± is the
 standard deviation over seeds. A third task, whether a line follows another, was tried and left out: float32 itself
 stayed at chance.
 

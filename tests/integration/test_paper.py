@@ -15,6 +15,7 @@ import pytest
 
 from paper.measure import contiguous, depth, dynamics, passing, place
 from paper.report import page
+from paper.study import full_plan, in_order
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "examples" / "paper" / "study.py"
@@ -97,6 +98,21 @@ def assert_page_and_report_show_every_run_and_figure(folder: Path, found: Any) -
 
 
 # What it is computed with ------------------------------------------------------------------------------------------
+
+
+def test_every_run_comes_after_the_one_whose_weights_it_starts_from() -> None:
+    seen: set[str] = set()
+    for work in in_order(full_plan()):
+        assert work.start is None or work.start in seen, work.name
+        seen.add(work.name)
+
+
+def test_the_longest_run_of_a_stage_comes_first() -> None:
+    training, tuning, _, evaluation = full_plan()
+
+    assert [work.size.name for work in in_order([training])[:6]] == ["12M"] * 6
+    assert [work.size.name for work in in_order([tuning])[-12:]] == ["1M"] * 12
+    assert in_order([evaluation])[0].name == "12M-infer-kind"
 
 
 def test_documented_study_is_what_its_results_file_says() -> None:
