@@ -254,6 +254,8 @@ def test_an_interrupt_from_the_terminal_reaches_only_the_trainer(
     trainer = start(
         collector.address,
         """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 with fp8scope.attach(model, run="run") as m:
     train(m, 5)
     say("go")

@@ -347,7 +347,7 @@ def test_a_tick_that_left_the_browser_before_a_zoom_does_not_undo_it(
     recording.grow(recording.steps // 5)  # longer by enough for new controls
     newest = recording.steps - 1
 
-    page.wait_for_function(f"document.querySelector('.fs-plot').layout.xaxis.range[1] === {newest} + 0.5")
+    page.wait_for_function(f"document.querySelector('.fs-plot')?.layout?.xaxis.range[1] === {newest} + 0.5")
     expect(page.get_by_role("slider").last).to_have_attribute("max", str(newest))
     page.wait_for_timeout(2500)  # a tick more
     assert page.evaluate("document.querySelector('.fs-plot').layout.xaxis.range[0]") == 39.5

@@ -159,7 +159,7 @@ def test_a_run_grows_under_a_zoom_that_stays_and_what_is_seen_is_downloaded(
     page.mouse.move(*place(page, 1, 0.998, 0.4), steps=4)
     page.mouse.up()
     page.wait_for_url("**range=*-")  # to the newest step: it follows
-    left = "document.querySelector('.fs-plot').layout.xaxis.range[0]"
+    left = "document.querySelector('.fs-plot')?.layout?.xaxis.range[0]"
     first = int(parameters(page)["range"].removesuffix("-"))
     page.wait_for_function(f"{left} === {first} - 0.5")
     newest, stop = large.next_step, threading.Event()
@@ -171,7 +171,7 @@ def test_a_run_grows_under_a_zoom_that_stays_and_what_is_seen_is_downloaded(
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        page.wait_for_function(f"document.querySelector('.fs-plot').layout.xaxis.range[1] >= {newest} + 6")
+        page.wait_for_function(f"document.querySelector('.fs-plot')?.layout?.xaxis.range[1] >= {newest} + 6")
     finally:
         stop.set()
         writer.join()
