@@ -52,9 +52,7 @@ from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 STREAMS_END_S = 2.5  # from a signal until streams are cut
 ALIVE_S = 0.5  # how often a stream that waits for the database hears that somebody is there
 IN_LINE_S = 1.5  # and one that has nothing under way and waits for its turn: there may be hundreds
-SWITCH_S = (
-    0.0005  # Python's 5 ms: how long the writer waited for the interpreter after each array, while streams decode
-)
+SWITCH_S = 0.0005  # for Python's 5 ms the writer waited for the interpreter after each array, while streams decoded
 WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
 VERSION = version("fp8scope-collector")
