@@ -26,7 +26,7 @@ from fp8scope_collector.metrics import FINDINGS_PER_RUN, MAX_RUNS, Metrics
 from fp8scope_collector.storage.registry import ContradictionError, TooManyRunsError
 from fp8scope_collector.storage.stats_store import Pace
 from fp8scope_collector.storage.writer import Committed, Seen, StatsWriter, is_transient
-from fp8scope_collector.turns import Lane, Turns
+from fp8scope_collector.turns import Allowance, Lane, Turns
 
 HOUSEKEEPING_S = 5.0
 CATCH_UP_SHARE = 0.25  # of the writer's time, while others wait for it
@@ -81,7 +81,10 @@ class Ingest:
         self._seen: dict[int, Seen] = {}
         self._used_tokens: dict[int, int] = {}
         self._closing = False
-        self._behind = True  # the writer thread's own: there may be rows of a predecessor to roll up
+        self._behind = True  # the writer thread's own, as the next three: there may be rows of a predecessor to roll up
+        self._group_rows = pace.group_rows
+        self._allowance = Allowance(pace.rows_under_way, pace.under_way_s)
+        self._busy_since = time.monotonic()  # without a rest, and without what an earlier group took
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fp8scope-writer", daemon=True)
         self._thread.start()
@@ -146,6 +149,7 @@ class Ingest:
                     self._commit(group)
                     if not registrations and sum(put.batch.rows for put in group) < self._pace.group_rows // 4:
                         self._halt.wait(self._pace.pause_s)
+                        self._busy_since = time.monotonic()
                 if time.monotonic() >= housekeeping_due:
                     self._housekeeping()
                     housekeeping_due = time.monotonic() + HOUSEKEEPING_S
@@ -164,13 +168,15 @@ class Ingest:
             while not self._registrations and not self._puts:
                 if self._closing:
                     return None
-                if not self._wake.wait(timeout=max(0.0, until - time.monotonic())):
+                woken = self._wake.wait(timeout=max(0.0, until - time.monotonic()))
+                self._busy_since = time.monotonic()
+                if not woken:
                     break
             registrations = self._registrations[:REGISTRATIONS_AT_ONCE]
             del self._registrations[:REGISTRATIONS_AT_ONCE]
             group: list[_Put] = []
             rows = 0
-            while self._puts and (not group or rows + self._puts[0].batch.rows <= self._pace.group_rows):
+            while self._puts and (not group or rows + self._puts[0].batch.rows <= self._group_rows):
                 group.append(self._puts.popleft())
                 rows += group[-1].batch.rows
             return registrations, group
@@ -212,8 +218,17 @@ class Ingest:
             self._metrics.observe_batch("committed" if fresh else "duplicate", wire_bytes=put.wire_bytes)
             if fresh:
                 self._metrics.observe_rows(put.batch)
+        self._pace_by(sum(put.batch.entries for put in group))
         deleted = RefusedError("the source was deleted from the database; connect again", grpc.StatusCode.UNAVAILABLE)
         self._on_loop(self._settle, group, committed.up_to_seq, deleted)
+
+    def _pace_by(self, entries: int) -> None:
+        """Fits what may be under way, and the part of it that is one group, to how long so many took."""
+        now = time.monotonic()
+        rows = self._allowance.after(entries, now - self._busy_since)
+        self._busy_since = now
+        self._group_rows = self._pace.group_rows * rows // self._pace.rows_under_way
+        self._on_loop(self.turns.allow, rows)
 
     def _timed_commit(self, batches: Sequence[Batch]) -> Committed:
         start = time.perf_counter()

@@ -6,12 +6,15 @@ many streams there are, and the rest waits in the agents' spools. A stream that 
 it sends) needs no turn; the others stand in one line and get one batch each, the first one too: all agents of a job
 come back at once (docs/adr/0081).
 
+How many rows that is depends on the machine and on who else uses it now; `Allowance` follows it.
+
 `Lane` is a stream's place here and in the queue. Everything lives on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from fp8scope_collector.decode import RefusedError
 from fp8scope_collector.messages import Source
 
 PROMISE_S = 1.0  # a turn that is not used for so long counts no more; it stays valid
+MEMORY_S = 2.0  # of work: how far back `Allowance` looks
+LEAST_SHARE = 4  # of the most: a database that stood still takes rows again at once
 
 
 class Lane:
@@ -61,6 +66,11 @@ class Turns:
         self._under_way = 0  # rows that came and are not committed, or are promised
         self._line: OrderedDict[Lane, None] = OrderedDict()
         self._promises: OrderedDict[Lane, _Promise] = OrderedDict()  # the one that was given longest ago first
+
+    def allow(self, rows: int) -> None:
+        """From now on so many rows may be under way; what was promised stays promised."""
+        self._rows = rows
+        self._serve()
 
     def join(self, lane: Lane, rows: int, *, more: bool) -> None:
         """A stream has opened; `more`: it has a batch ready, supposedly of so many rows."""
@@ -128,3 +138,21 @@ class Turns:
     def _release(self, lane: Lane) -> None:
         if promise := self._promises.pop(lane, None):
             self._under_way -= sum(promise.rows)
+
+
+class Allowance:
+    """How many rows may be under way: what the database takes within `wait_s` as fast as it lately was, `most` at most.
+
+    With so many before it, a batch is acknowledged after about `wait_s`.
+    """
+
+    def __init__(self, most: int, wait_s: float) -> None:
+        self._most = most
+        self._wait_s = wait_s
+        self._rows_per_s = most / wait_s  # until something is known
+
+    def after(self, rows: int, seconds: float) -> int:
+        """How many, now that so many rows more took so many seconds of the writer's time."""
+        weight = -math.expm1(-seconds / MEMORY_S)
+        self._rows_per_s += weight * (rows / seconds - self._rows_per_s)
+        return min(self._most, max(self._most // LEAST_SHARE, round(self._rows_per_s * self._wait_s)))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fp8scope_collector import ingest as ingest_module
+from fp8scope_collector import turns as turns_module
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.limits import Limits
@@ -38,6 +39,7 @@ class FakeWriter:
         self.groups: list[list[int]] = []
         self.seen: dict[int, Seen] = {}
         self.deleted = False
+        self.row_s = 0.0  # how long a row takes
         self.busy = False  # with a group
         self.slices = 0  # of rows to catch up with
         self.calls: list[str] = []
@@ -52,6 +54,7 @@ class FakeWriter:
         self._wait()
         if bad := [batch.seq for batch in group if batch.seq in self.poison]:
             raise sqlite3.IntegrityError(f"{bad}")
+        time.sleep(self.row_s * sum(batch.rows for batch in group))
         self.groups.append([batch.seq for batch in group])
         self.calls.append("commit")
         return Committed((True,) * len(group), {} if self.deleted else {1: max(batch.seq for batch in group)})
@@ -139,7 +142,51 @@ def test_what_waits_is_committed_as_one_group_up_to_the_limit_of_rows(wire: Any)
 
         assert writer.groups == [[1], [2, 3, 4, 5], [6, 7]]
 
-    _run(scenario, Pace(group_rows=4 * 6))
+    _run(scenario, Pace(group_rows=4 * 6, under_way_s=1e9))
+
+
+def test_a_slow_database_gets_smaller_groups_and_lets_less_be_under_way(
+    wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "MEMORY_S", 0.05)
+
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.row_s = 0.001
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in range(1, 101)])
+        await _until(lambda: lane.owed == 0)
+
+        newcomer = Lane(_source())
+        ingest.turns.join(newcomer, 6, more=True)
+
+        sizes = [6 * len(group) for group in writer.groups]
+        assert max(sizes) > 100, "at first, as nothing is known"
+        assert 42 <= max(sizes[-5:-1]) <= 75, "half of what it takes in the time that is set"
+        assert 84 <= 6 * newcomer.turns <= 156
+
+    _run(scenario, Pace(group_rows=120, rows_under_way=240, under_way_s=0.15, window=100))
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.1])
+def test_rest_between_groups_does_not_make_a_database_look_slow(
+    wire: Any, pause_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "MEMORY_S", 0.01)
+
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.row_s = 0.001
+        for seq in range(1, 11):
+            await _put_all(ingest, lane, [_batch(wire, seq)])
+            await _until(lambda: lane.owed == 0)
+            await asyncio.sleep(0.05)
+
+        newcomer = Lane(_source())
+        ingest.turns.join(newcomer, 6, more=True)
+
+        assert 6 * newcomer.turns >= 200, "it takes 400 rows in the time that is set, and a little less of so few"
+
+    _run(scenario, Pace(group_rows=100, rows_under_way=400, under_way_s=0.4, window=100, pause_s=pause_s))
 
 
 def test_a_database_that_is_away_delays_and_loses_nothing(wire: Any) -> None:

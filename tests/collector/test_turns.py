@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fp8scope_collector.messages import Source
-from fp8scope_collector.turns import PROMISE_S, Lane, Turns
+from fp8scope_collector.turns import LEAST_SHARE, MEMORY_S, PROMISE_S, Allowance, Lane, Turns
 
 
 class Clock:
@@ -132,6 +132,50 @@ def test_rows_of_a_stream_that_left_count_until_they_are_committed(turns: Turns)
     client.commit(10)
 
     assert other.send() > 0
+
+
+def test_less_may_be_under_way_when_the_database_grows_slow_and_more_at_once_when_it_is_fast(turns: Turns) -> None:
+    clients = [Client(turns) for _ in range(50)]
+    queue = [client for client in clients for _ in range(client.send())]
+
+    turns.allow(300)
+    for _ in range(8):
+        queue.pop(0).commit()
+        queue += [client for client in clients for _ in range(client.send())]
+    slow = len(queue)
+    turns.allow(600)
+    queue += [client for client in clients for _ in range(client.send())]
+
+    assert (slow, len(queue)) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_s", "expected"), [(1_000_000, 100_000), (250_000, 100_000), (200_000, 80_000), (1000, 25_000)]
+)
+@pytest.mark.parametrize("group", [3000, 60_000])
+def test_what_may_be_under_way_is_what_the_database_takes_in_a_set_time(
+    rows_per_s: int, expected: int, group: int
+) -> None:
+    allowance = Allowance(most=100_000, wait_s=0.4)
+
+    for _ in range(10 * rows_per_s // group + 10):
+        rows = allowance.after(group, group / rows_per_s)
+
+    assert rows == pytest.approx(expected, rel=0.01)
+
+
+def test_one_slow_write_changes_little_and_a_standstill_is_forgotten_after_seconds_of_work() -> None:
+    allowance = Allowance(most=100_000, wait_s=0.4)
+
+    after_half_a_second = allowance.after(50_000, 0.5)
+    after_a_minute = allowance.after(50_000, 60.0)
+    work_s = 0.0
+    while allowance.after(20_000, 0.08) < 80_000:
+        work_s += 0.08
+
+    assert 80_000 < after_half_a_second < 100_000
+    assert after_a_minute == 100_000 // LEAST_SHARE
+    assert MEMORY_S < work_s < 2 * MEMORY_S
 
 
 def _source() -> Source:

@@ -55,7 +55,7 @@ class ClickHouseStats:
     """
 
     pace = Pace(  # each insert is a part that has to be merged
-        group_rows=262_144, rows_under_way=524_288, window=64, pause_s=0.2, rollup_rows=1_048_576
+        group_rows=262_144, rows_under_way=524_288, under_way_s=0.6, window=64, pause_s=0.2, rollup_rows=1_048_576
     )
 
     def __init__(self, url: sa.URL) -> None:

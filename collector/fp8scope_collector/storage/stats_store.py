@@ -31,6 +31,7 @@ class Pace:
 
     group_rows: int = 65_536  # rows of one write, at most
     rows_under_way: int = 98_304  # of agents that have more to send: one group is written while the next gathers
+    under_way_s: float = 0.35  # and no more of them than it takes in so many seconds
     window: int = 8  # batches that one agent may have unacknowledged
     pause_s: float = 0.0  # after a small write, while the next one gathers
     rollup_rows: int = 262_144  # in memory, after which rollups are written: until then readers read these rows raw
