@@ -89,8 +89,8 @@ def page(results: dict[str, Any]) -> str:
     text = [
         "# Rows acknowledged by one collector",
         "",
-        f"Batches of {ROWS:,} rows, {CLIENTS} client processes; clients, collector, database and (not for ClickHouse)",
-        "a reader that asks the dashboard's questions once a second share the cores: `bench/ingest.py`.",
+        f"Batches of {ROWS:,} rows, {CLIENTS} client processes; clients, collector, database and a reader that asks",
+        "the dashboard's questions once a second share the cores: `bench/ingest.py`.",
         "",
         "| database | streams | rows/s | first, last 10 s | send to acknowledgement, median | p99 "
         "| collector's peak memory | processor time a row: collector, clients | bytes a row on disk | measured |",
@@ -124,7 +124,6 @@ def processor_of(line: dict[str, Any]) -> str:
 
 def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | None = None) -> dict[str, Any]:
     """One line's numbers; `meanwhile` gets the database's URL and is left when the clients have ended."""
-    meanwhile = meanwhile or (contextlib.nullcontext if engine == "clickhouse" else asking)  # chDB is one process's
     with database(engine) as target:
         server = subprocess.Popen(
             [
@@ -147,7 +146,7 @@ def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | No
                 )
                 for share in shares
             ]
-            with meanwhile(target.url), watching(server.pid) as used:
+            with (meanwhile or asking)(target.url), watching(server.pid) as used:
                 results = [json.loads(client.communicate()[0]) for client in clients]
             peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
             assert peak

@@ -76,6 +76,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         store = open_stats(engine)
         closing.callback(store.close)
         store.migrate()
+        store.offer()
         metrics = Metrics(VERSION)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,9 +100,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 f"database {display_url(engine.url)}"
             )
             log.info("serving", tls=certificate is not None, tokens=config.tokens, diagnosis=bool(config.diagnosis))
-            if config.diagnosis and not store.shared:
-                log.warning("no live diagnosis: it is another process, and these statistics belong to this one alone")
-            elif config.diagnosis:
+            if config.diagnosis:
                 companion = Companion(config.diagnosis)
             await stop.wait()
             log.info("draining", streams=service.open_streams)

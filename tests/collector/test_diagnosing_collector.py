@@ -70,6 +70,7 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("stats", ["", "?stats=chdb:///{}/stats"], ids=["sqlite", "chdb"])
 def test_a_nan_becomes_a_finding_a_series_and_a_message_and_the_process_ends_with_its_collector(
     tmp_path: Path,
     start_collector: Callable[..., Any],
@@ -77,10 +78,11 @@ def test_a_nan_becomes_a_finding_a_series_and_a_message_and_the_process_ends_wit
     wire: Any,
     webhook: tuple[str, list[dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
+    stats: str,
 ) -> None:
     url, told = webhook
     monkeypatch.setenv("FP8SCOPE_NOTIFY", url)
-    db = f"sqlite:///{tmp_path}/test.db"
+    db = f"sqlite:///{tmp_path}/test.db{stats.format(tmp_path)}"
     collector = start_collector(db, "--diagnosis", "on")
     columns = wire.columns(0, steps=6)
     columns["nonfinite"][:] = 0

@@ -7,12 +7,18 @@ both sides of a partition may still write twice is one row when it is read (`fin
 
 Rows are ordered by run, blocks of 256 steps, slot, source, step: one tensor's window is a few granules, and so is the
 newest window of all tensors (docs/adr/0037). The tables are made by `clickhouse_ddl`.
+
+A chDB folder belongs to one process. A collector that has one lets others read through it (`clickhouse_http`), which
+they find out by themselves (docs/adr/0084).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +27,8 @@ from typing import Any
 import pyarrow as pa
 import sqlalchemy as sa
 from clickhouse_connect.driver.exceptions import ClickHouseError
+from clickhouse_connect.driver.httputil import get_pool_manager
+from urllib3.exceptions import HTTPError
 
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
@@ -36,6 +44,7 @@ from fp8scope_collector.storage.clickhouse_ddl import (
     missing_columns,
     tune,
 )
+from fp8scope_collector.storage.clickhouse_http import USER, Offer, ReadService, find, holder
 from fp8scope_collector.storage.history import Span, int_div
 from fp8scope_collector.storage.stats_store import Pace, StorageError, row_schema
 
@@ -45,13 +54,15 @@ _stats = sa.table(
 )
 _stats_step = sa.table(STATS_STEP, *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "step")))
 _SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
+PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
 _FIRST_ROWS = 64  # batches whose first row is looked up in one query
 
 
 class ClickHouseStats:
     """The tables `stats` and `stats_step` of one ClickHouse database or chDB folder; see `StatsStore`.
 
-    Nothing is opened before it is needed: what only reads rollups works while a collector has the chDB folder.
+    Nothing is opened before it is needed. A chDB folder is this process's from `migrate`, or the first change, to
+    `close`; what only reads has it for no longer than a query, or reads through the process that has it.
     """
 
     pace = Pace(  # each insert is a part that has to be merged
@@ -62,15 +73,19 @@ class ClickHouseStats:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
         self.cluster = str(url.query["cluster"]) if "cluster" in url.query else None
         self._folder = Path(str(url.database)).absolute() if url.get_backend_name() == "chdb" else None
-        self.shared = self._folder is None
         self._shown = url.render_as_string(hide_password=True)
-        self._engine = sa.create_engine(
+        self._url = (
             sa.URL.create("clickhousedb", database="default").update_query_dict(
                 {"interface": "chdb", "path": str(self._folder)}
             )
             if self._folder
             else url.set(drivername="clickhousedb").difference_update_query(["cluster"])
         )
+        self._engine = sa.create_engine(self._url)
+        self._own = self._folder is None  # whether the pool of `_engine` may keep connections
+        self._service: ReadService | None = None
+        self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder
+        self._finding = threading.Lock()
         self._blocks = Blocks()
         self._written: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()  # highest seq known stored
 
@@ -78,7 +93,7 @@ class ClickHouseStats:
         """Creates the tables, and adds columns that this version has and they have not."""
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
-        with self._client() as client:
+        with self._client(changing=True) as client:
             for statement in create_tables(self.cluster):
                 client.command(statement)
             for table in dict.fromkeys((local(STATS, self.cluster), STATS)):
@@ -89,6 +104,11 @@ class ClickHouseStats:
             for table in (STATS, STATS_STEP):
                 for statement in tune(table, self.cluster, settings):
                     client.command(statement)
+
+    def offer(self) -> None:
+        """Lets other processes read the chDB folder that this one has; a server does that itself."""
+        if self._folder and not self._service:
+            self._service = ReadService(self._folder)
 
     def size_bytes(self) -> int:
         """The parts that count, on disk, as ClickHouse compressed them; of a cluster one replica of each shard."""
@@ -108,7 +128,7 @@ class ClickHouseStats:
         batches = [batch for batch in batches if batch.rows]
         if not batches:
             return
-        with self._client() as client:
+        with self._client(changing=True) as client:
             self._look_up(client, [batch for batch in batches if batch.source not in self._written])
             new = [batch for batch in batches if batch.seq > self._written[batch.source]]
             parts: dict[int, list[Batch]] = {}
@@ -139,7 +159,7 @@ class ClickHouseStats:
         if not (runs := self._runs(connection, [source_id])) or below_step <= 0:
             return 0
         which = _within(runs[source_id], span)
-        with self._client() as client:
+        with self._client(changing=True) as client:
             count = sa.select(sa.func.count()).select_from(_stats).where(which)
             rows = int(client.query(self._sql(count), settings={"final": 1}).result_rows[0][0])
         if rows:
@@ -197,14 +217,24 @@ class ClickHouseStats:
                 )
                 query = query.where(_stats.c.step.in_(firsts.group_by(int_div(there.step, every))))
             query = query.order_by(_stats.c.step, _stats.c.slot)
-            with self._client() as client, client.query_arrow_stream(self._sql(query), settings=settings) as blocks:
-                for block in blocks:
-                    table = pa.table(block) if not isinstance(block, pa.RecordBatch) else pa.Table.from_batches([block])
-                    yield from table.cast(layout).to_batches(max_chunksize=batch_rows)
+            with self._client() as client:
+                free = {name: to for name, to in settings.items() if not client.server_settings[name].readonly}
+                with client.query_arrow_stream(self._sql(query), settings=free) as blocks:
+                    for block in blocks:
+                        table = (
+                            pa.table(block) if not isinstance(block, pa.RecordBatch) else pa.Table.from_batches([block])
+                        )
+                        yield from table.cast(layout).to_batches(max_chunksize=batch_rows)
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections, and ends what others read through them."""
+        if self._service:
+            self._service.close()
+            self._service = None
+        if self._through:
+            self._through[1].dispose()
         self._engine.dispose()
+        self._own = self._folder is None
 
     def _look_up(self, client: Any, batches: Sequence[Batch]) -> None:
         """Learns which of these batches, the first that their sources bring us, are stored already.
@@ -245,7 +275,7 @@ class ClickHouseStats:
 
     def _change(self, table: str, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
         where = f"{local(table, self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else table
-        with self._client() as client:
+        with self._client(changing=True) as client:
             client.command(statement.format(where, self._sql(which)), settings=settings)
 
     def _runs(self, connection: sa.Connection, source_ids: Sequence[int]) -> dict[int, int]:
@@ -276,26 +306,82 @@ class ClickHouseStats:
         )
 
     @contextlib.contextmanager
-    def _client(self) -> Iterator[Any]:
+    def _client(self, *, changing: bool = False) -> Iterator[Any]:
         """clickhouse-connect's client of a pooled connection; what ClickHouse says is wrong is a `StorageError`."""
-        try:
-            connection = self._engine.connect()
-        except (ClickHouseError, sa.exc.DBAPIError) as error:
-            raise self._unavailable(error) from error
-        with connection:
+        with self._connection(changing) as connection:
             try:
                 yield connection.connection.driver_connection.client  # type: ignore[union-attr]  # the dialect's
-            except ClickHouseError as error:
+            except (ClickHouseError, HTTPError) as error:
                 raise self._unavailable(error) from error
+            finally:
+                if not self._own and connection.engine is self._engine:
+                    connection.invalidate()  # a collector may want the folder
+
+    def _connection(self, changing: bool) -> sa.Connection:
+        """A connection of this process, or, where another has the chDB folder and nothing is changed, through that."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                engine = self._engine if self._own else self._reach(changing)
+                connection = engine.connect()
+                self._own = self._own or changing
+                return connection
+            except (ClickHouseError, sa.exc.DBAPIError, HTTPError, _HeldError) as error:
+                if self._own or not self._folder or time.monotonic() > deadline:
+                    raise self._unavailable(error) from error
+                if not isinstance(error, _HeldError) and "EmbeddedServer" not in str(error):
+                    raise self._unavailable(error) from error
+                time.sleep(0.05)
+
+    def _reach(self, changing: bool) -> sa.Engine:
+        """Whose connections reach the chDB folder now.
+
+        Raises:
+            StorageError: a collector has it, and something is to be changed; or it is another user's.
+            _HeldError: a process has it that offers nothing, maybe not yet, or no longer.
+        """
+        assert self._folder
+        try:
+            if (pid := holder(self._folder)) in (None, os.getpid()):
+                return self._engine
+            offer = find(self._folder, int(pid or 0))
+        except PermissionError as error:
+            raise StorageError(
+                f"statistics in {self._shown} are another user's: {error.filename} cannot be read. Run this as the "
+                "user that runs the collector"
+            ) from None
+        if offer is None:
+            raise _HeldError(f"process {pid} has it")
+        if changing:
+            raise StorageError(
+                f"statistics in {self._shown} cannot be changed: a chDB folder belongs to one process at a time, and "
+                f"the collector in process {pid} has it. Stop it first; with `--retention` it prunes by itself"
+            )
+        with self._finding:
+            if self._through is None or self._through[0] != offer:
+                if self._through:
+                    self._through[1].dispose()
+                self._through = offer, _engine_through(offer)
+            return self._through[1]
 
     def _unavailable(self, error: Exception) -> StorageError:
-        if self._folder and "EmbeddedServer" in str(error):
+        if isinstance(error, _HeldError) or (self._folder and "EmbeddedServer" in str(error)):
             return StorageError(
                 f"statistics in {self._shown} cannot be opened: a chDB folder belongs to one process at a time, and "
-                "one has it, most likely a collector. Stop it, or keep statistics where several processes can read "
-                "them: SQLite, PostgreSQL, or a ClickHouse server"
+                "one has it that lets no others read: a command that changes it, or a collector that starts or ends. "
+                "Try again"
             )
         return StorageError(f"statistics in {self._shown} cannot be used: {' '.join(str(error).split())}")
+
+
+class _HeldError(Exception):
+    """Another process has the chDB folder."""
+
+
+def _engine_through(offer: Offer) -> sa.Engine:
+    """Connections to the process that made the offer; not through a proxy, whatever the environment says."""
+    url = sa.URL.create("clickhousedb", USER, offer.password, "127.0.0.1", offer.port, "default")
+    return sa.create_engine(url, connect_args={"pool_mgr": get_pool_manager()})
 
 
 def _within(run_id: int, span: Span) -> sa.ColumnElement[bool]:

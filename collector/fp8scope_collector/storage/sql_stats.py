@@ -32,7 +32,6 @@ class SqlStats:
     """The table `stats` of one database; see `StatsStore`. It has no state of its own."""
 
     pace = Pace()
-    shared = True
     backup_hint: str | None = None
 
     def __init__(self, dialect: str) -> None:
@@ -41,6 +40,9 @@ class SqlStats:
 
     def migrate(self) -> None:
         """Nothing: the tables are among those that `engine.migrate` knows."""
+
+    def offer(self) -> None:
+        """Nothing: every process reads the database."""
 
     def size_bytes(self) -> int:
         """0: the size of the database has it."""

@@ -46,7 +46,6 @@ class StatsStore(Protocol):
     """
 
     pace: Pace
-    shared: bool  # whether another process can read at the same time
 
     @property
     def backup_hint(self) -> str | None:
@@ -55,6 +54,10 @@ class StatsStore(Protocol):
 
     def migrate(self) -> None:
         """Creates or upgrades tables that the relational database's migrations do not know; others do nothing."""
+        ...
+
+    def offer(self) -> None:
+        """Lets other processes read until `close`, where what `migrate` has opened is this one's alone."""
         ...
 
     def size_bytes(self) -> int:

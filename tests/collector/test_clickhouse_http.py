@@ -1,0 +1,281 @@
+"""A chDB folder that a collector has is read by other processes, live: they need no settings and can change nothing."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import os
+import stat
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import pyarrow as pa
+import pytest
+from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError
+from clickhouse_connect.driver.httputil import get_pool_manager
+
+from fp8scope_collector.decode import decode_open, decode_stats
+from fp8scope_collector.limits import Limits
+from fp8scope_collector.storage import clickhouse_http
+from fp8scope_collector.storage.clickhouse import ClickHouseStats
+from fp8scope_collector.storage.clickhouse_http import OFFER, USER, Offer, find, holder
+from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
+from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
+from fp8scope_collector.storage.reader import Reader
+from fp8scope_collector.storage.stats_store import StorageError
+from fp8scope_collector.storage.writer import StatsWriter
+
+ENDLESS = "SELECT count() FROM numbers(1000000000000) WHERE sipHash64(number) = 1"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/test.db?stats=chdb:///{tmp_path}/stats"
+
+
+@pytest.fixture
+def offer(url: str, tmp_path: Path) -> Iterator[Offer]:
+    """What this process, which has a folder, lets others have."""
+    engine = open_engine(url)
+    migrate(engine)
+    store = open_stats(engine)
+    store.migrate()
+    store.offer()
+    found = find(tmp_path / "stats", os.getpid())
+    assert found
+    yield found
+    store.close()
+    engine.dispose()
+
+
+def client(offer: Offer, password: str | None = None, **settings: Any) -> Any:
+    """clickhouse-connect's, as anybody would make it."""
+    return clickhouse_connect.get_client(
+        host="127.0.0.1",
+        port=offer.port,
+        username=USER,
+        password=offer.password if password is None else password,
+        pool_mgr=get_pool_manager(),
+        query_retries=0,
+        settings=settings,
+    )
+
+
+def steps(reader: Reader) -> list[int]:
+    found: list[int] = pa.Table.from_batches(reader.rows(reader.run("run").id))["step"].unique().to_pylist()
+    return found
+
+
+def test_another_process_reads_rows_while_the_collector_ingests(
+    url: str, start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, monkeypatch: Any
+) -> None:
+    collector = start_collector(url)
+    stream = connect(collector.grpc, wire.open())
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing is
+    with contextlib.closing(Reader(url)) as reader:
+        for seq in (1, 2, 3):
+            stream.send(stats=wire.stats(seq, wire.columns(seq)))
+            stream.wait_ack(seq)
+
+            assert steps(reader) == [*range(1, seq + 1)]
+            curve = reader.series(reader.run("run").id, 0, ["amax"])
+            assert curve.step.tolist() == [*range(1, seq + 1)]
+    assert collector.terminate() == 0
+
+
+def test_rows_are_the_same_as_the_collector_itself_would_read(
+    url: str, offer: Offer, tmp_path: Path, monkeypatch: Any, wire: Any
+) -> None:
+    """More of them than one block has, and none."""
+    engine = open_engine(url)
+    store, through = open_stats(engine), open_stats(engine)
+    assert isinstance(through, ClickHouseStats)
+    source = StatsWriter(engine, store).register(decode_open(wire.open(), Limits()), now_unix_ns=1)
+    batch = decode_stats(wire.stats(1, wire.columns(0, steps=20_000)), source, Limits())
+    spans = [Span(source.id, 1, FIRST_STEP, LAST_STEP)]
+    with engine.connect() as connection:
+        store.write(connection, [batch])
+        expected = pa.Table.from_batches(store.rows(connection, spans, ["amax", "numel", "sum_sq"]))
+        monkeypatch.setattr("fp8scope_collector.storage.clickhouse.holder", lambda folder: 1)
+        monkeypatch.setattr("fp8scope_collector.storage.clickhouse.find", lambda folder, pid: offer)
+
+        found = pa.Table.from_batches(through.rows(connection, spans, ["amax", "numel", "sum_sq"]))
+        none = [*through.rows(connection, spans, ["amax"], slots=[99])]
+        last = through.last_steps(connection, source.id, 2)
+
+    assert found.num_rows == 120_000
+    assert found.equals(expected)
+    assert sum(batch.num_rows for batch in none) == 0
+    assert last == [19_999, 19_998]
+    assert through.size_bytes() == store.size_bytes()
+    for each in (store, through):
+        each.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("INSERT INTO stats_step VALUES (1, 1, 1)", "begins with something else"),
+        ("ALTER TABLE stats DELETE WHERE 1", "begins with something else"),
+        ("DROP TABLE stats", "begins with something else"),
+        ("KILL QUERY WHERE 1", "begins with something else"),
+        ("SYSTEM STOP MERGES", "begins with something else"),
+        ("SET readonly = 0", "begins with something else"),
+        ("/**/ DROP TABLE stats", "begins with something else"),
+        ("WITH 1 AS one INSERT INTO stats_step SELECT one, one, one", ""),
+        ("SELECT 1; SYSTEM STOP MERGES", "one statement at a time"),
+        ("SELECT 1 INTO OUTFILE '{folder}/out.csv' FORMAT CSV", "reaches for nothing"),
+        ("SELECT 1 INTO/**/outfile '{folder}/out.csv' FORMAT CSV", "reaches for nothing"),
+        ("SELECT file('/etc/passwd')", "reaches for nothing"),
+        ("SELECT * FROM file('/etc/passwd', 'LineAsString')", "reaches for nothing"),
+        ("SELECT * FROM '/etc/passwd'", ""),
+        ("SELECT * FROM url('http://127.0.0.1:1/', 'CSV', 'a Int64')", "readonly mode"),
+        ("SELECT * FROM remote('127.0.0.1:1', system.one)", "readonly mode"),
+        ("SELECT * FROM Python(handle)", "reaches for nothing"),
+        ("SELECT 1 SETTINGS max_memory_usage = 0", "'max_memory_usage' setting in readonly mode"),
+        ("SELECT groupArray(number) FROM numbers(1000000000)", "memory limit exceeded"),
+        ("SELECT number FROM numbers(100000000) FORMAT JSONEachRow", "Limit for result exceeded"),
+        ("SELECT nothing FROM stats", "Unknown expression identifier"),
+    ],
+)
+def test_a_query_can_only_read_and_take_so_much(offer: Offer, tmp_path: Path, statement: str, reason: str) -> None:
+    before = sorted(tmp_path.iterdir())
+
+    with pytest.raises(DatabaseError, match=r"(?s)Code: \d+\. DB::Exception.*" + reason):
+        client(offer).raw_query(statement.format(folder=tmp_path))
+
+    assert sorted(tmp_path.iterdir()) == before
+    assert client(offer).query("SELECT count() FROM stats_step").result_rows == [(0,)]
+
+
+def test_a_setting_in_the_address_is_refused_unless_it_is_what_is_set_already(offer: Offer) -> None:
+    secret = base64.b64encode(f"{USER}:{offer.password}".encode()).decode()
+
+    def ask(**said: str) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", offer.port)
+        query = urllib.parse.urlencode({"query": "SELECT {one:Int8}", "param_one": "1", **said})
+        connection.request("GET", f"/?{query}", headers={"Authorization": f"Basic {secret}"})
+        answer = connection.getresponse()
+        return answer.status, answer.headers["X-ClickHouse-Exception-Code"]
+
+    assert ask() == (200, None)
+    assert ask(final="1", database="default") == (200, None)
+    assert ask(max_memory_usage="0") == (500, "164")
+    assert ask(readonly="0") == (500, "164")
+
+
+def test_who_has_not_read_the_file_is_not_let_in(offer: Offer, tmp_path: Path) -> None:
+    left = tmp_path / "stats" / OFFER
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600
+
+    with pytest.raises(DatabaseError, match="the password is not the one that this collector left") as refused:
+        client(offer, password="guessed")
+    assert refused.value.code == 516
+
+    connection = http.client.HTTPConnection("127.0.0.1", offer.port)
+    connection.request("POST", "/", body="SELECT 1")
+    assert connection.getresponse().status == 403
+
+
+def test_of_too_many_queries_one_waits_and_is_told_and_each_ends_when_its_time_is_up(
+    offer: Offer, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(clickhouse_http, "WAIT_S", 0.1)
+    asking = [client(offer) for _ in range(clickhouse_http.QUERIES + 1)]
+    monkeypatch.setitem(clickhouse_http.LIMITS, "max_execution_time", 3)
+
+    with ThreadPoolExecutor(len(asking)) as others:
+        ended = [each.exception() for each in [others.submit(one.query, ENDLESS) for one in asking]]
+
+    codes = sorted(int(error.code or 0) for error in ended if isinstance(error, DatabaseError))
+    assert codes == [159] * clickhouse_http.QUERIES + [202], ended
+    assert client(offer).query("SELECT 1").result_rows == [(1,)]
+
+
+def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
+    url: str, tmp_path: Path, start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any
+) -> None:
+    collector, opening = start_collector(url), wire.open()
+    stream = connect(collector.grpc, opening)
+    stream.send(stats=wire.stats(1, wire.columns(1)))
+    stream.wait_ack(1)
+    with contextlib.closing(Reader(url)) as reader:
+        assert steps(reader) == [1]
+        collector.process.kill()
+        collector.process.wait()
+        assert (tmp_path / "stats" / OFFER).exists(), "nobody was there to remove it"
+
+        assert steps(reader) == [1], "the folder is nobody's, and was opened"
+
+        assert holder(tmp_path / "stats") is None, "and closed, since a collector may want it"
+        again = start_collector(url)
+        stream = connect(again.grpc, opening)
+        stream.send(stats=wire.stats(2, wire.columns(2)))
+        stream.wait_ack(2)
+        assert steps(reader) == [1, 2]
+        assert again.terminate() == 0
+    assert not (tmp_path / "stats" / OFFER).exists()
+
+
+def test_a_collector_ends_in_time_although_a_query_runs(
+    url: str, tmp_path: Path, start_collector: Callable[..., Any]
+) -> None:
+    collector = start_collector(url)
+    found = find(tmp_path / "stats", collector.process.pid)
+    assert found
+    asking, streaming = client(found), client(found)
+    with ThreadPoolExecutor() as other:
+        running = other.submit(asking.query, ENDLESS)
+        stream = streaming.raw_stream("SELECT number FROM numbers(1000000000000)", fmt="Native")  # nobody reads it on
+        stream.read(1)
+        time.sleep(0.5)
+
+        assert not running.done()
+        assert collector.terminate() == 0
+
+        assert isinstance(running.exception(timeout=10), ClickHouseError)
+
+
+def test_commands_that_read_do_and_those_that_change_say_that_the_collector_has_to_be_stopped(
+    url: str,
+    tmp_path: Path,
+    start_collector: Callable[..., Any],
+    connect: Callable[..., Any],
+    wire: Any,
+    run: Callable[..., Any],
+) -> None:
+    collector = start_collector(url)
+    stream = connect(collector.grpc, wire.open())
+    stream.send(stats=wire.stats(1, wire.columns(1, steps=40)))
+    stream.send(finish=wire.finish(2))
+    stream.wait_ack(2)
+
+    run("export", "run", "--db", url, "--out", str(tmp_path / "run.csv"), "--format", "csv")
+    run("migrate", "--db", url)
+    run("backup", str(tmp_path / "copy.db"), "--db", url)
+    deleting = run("delete", "run", "--db", url, fails=True).stderr
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 1 + 240
+
+    said = f"the collector in process {collector.process.pid} has it. Stop it first"
+    assert said in " ".join(deleting.split())
+    with contextlib.closing(Reader(url)) as reader:
+        assert len(steps(reader)) == 40
+    assert collector.terminate() == 0
+    run("delete", "run", "--db", url)
+
+
+def test_two_collectors_on_one_folder_are_told_apart(
+    url: str, start_collector: Callable[..., Any], tmp_path: Path
+) -> None:
+    collector = start_collector(url)
+    store = open_stats(open_engine(url))
+
+    with pytest.raises(StorageError, match=f"cannot be changed: .* the collector in process {collector.process.pid}"):
+        store.migrate()
