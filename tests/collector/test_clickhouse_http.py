@@ -7,6 +7,8 @@ import contextlib
 import http.client
 import os
 import stat
+import subprocess
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -268,7 +270,8 @@ def test_commands_that_read_do_and_those_that_change_say_that_the_collector_has_
     with contextlib.closing(Reader(url)) as reader:
         assert len(steps(reader)) == 40
     assert collector.terminate() == 0
-    run("delete", "run", "--db", url)
+    command = [sys.executable, "-m", "fp8scope_collector", "delete", "run", "--db", url]
+    subprocess.run(command, check=True, timeout=120)  # not in this process: it would keep the folder
 
 
 def test_two_collectors_on_one_folder_are_told_apart(

@@ -329,7 +329,7 @@ class ClickHouseStats:
             except (ClickHouseError, sa.exc.DBAPIError, HTTPError, _HeldError) as error:
                 if self._own or not self._folder or time.monotonic() > deadline:
                     raise self._unavailable(error) from error
-                if not isinstance(error, _HeldError) and "EmbeddedServer" not in str(error):
+                if not _is_held(error):
                     raise self._unavailable(error) from error
                 time.sleep(0.05)
 
@@ -365,7 +365,7 @@ class ClickHouseStats:
             return self._through[1]
 
     def _unavailable(self, error: Exception) -> StorageError:
-        if isinstance(error, _HeldError) or (self._folder and "EmbeddedServer" in str(error)):
+        if _is_held(error):
             return StorageError(
                 f"statistics in {self._shown} cannot be opened: a chDB folder belongs to one process at a time, and "
                 "one has it that lets no others read: a command that changes it, or a collector that starts or ends. "
@@ -376,6 +376,12 @@ class ClickHouseStats:
 
 class _HeldError(Exception):
     """Another process has the chDB folder."""
+
+
+def _is_held(error: Exception) -> bool:
+    """Whether another process has the chDB folder; not this one another folder, of which chDB opens one at a time."""
+    text = str(error)
+    return isinstance(error, _HeldError) or ("EmbeddedServer" in text and "already initialized" not in text)
 
 
 def _engine_through(offer: Offer) -> sa.Engine:
