@@ -78,6 +78,7 @@ class Ingest:
         self._wake = threading.Condition()  # guards what follows
         self._registrations: list[_Register] = []
         self._puts: deque[_Put] = deque()
+        self._next: list[_Put] = []  # the writer thread's own: taken and prepared while the group before is written
         self._seen: dict[int, Seen] = {}
         self._used_tokens: dict[int, int] = {}
         self._closing = False
@@ -165,7 +166,7 @@ class Ingest:
     def _take(self, until: float) -> tuple[list[_Register], list[_Put]] | None:
         """What to do next, empty when `until` has come; None when closing and nothing is left."""
         with self._wake:
-            while not self._registrations and not self._puts:
+            while not self._registrations and not self._puts and not self._next:
                 if self._closing:
                     return None
                 woken = self._wake.wait(timeout=max(0.0, until - time.monotonic()))
@@ -174,12 +175,26 @@ class Ingest:
                     break
             registrations = self._registrations[:REGISTRATIONS_AT_ONCE]
             del self._registrations[:REGISTRATIONS_AT_ONCE]
-            group: list[_Put] = []
-            rows = 0
-            while self._puts and (not group or rows + self._puts[0].batch.rows <= self._group_rows):
-                group.append(self._puts.popleft())
-                rows += group[-1].batch.rows
+            group, self._next = self._next or self._group(), []
             return registrations, group
+
+    def _group(self) -> list[_Put]:
+        """What is committed together, of what is in the queue; `_wake` is held."""
+        group: list[_Put] = []
+        rows = 0
+        while self._puts and (not group or rows + self._puts[0].batch.rows <= self._group_rows):
+            group.append(self._puts.popleft())
+            rows += group[-1].batch.rows
+        return group
+
+    def _look_ahead(self) -> None:
+        """Takes the next group, where most of one has come, and does what can be done before it is its turn."""
+        with self._wake:
+            if not self._next and sum(put.batch.rows for put in self._puts) >= self._group_rows // 2:
+                self._next = self._group()
+            upcoming = [put.batch for put in self._next]
+        if upcoming:
+            self._writer.prepare(upcoming)
 
     def _register(self, registration: _Register) -> None:
         try:
@@ -232,7 +247,7 @@ class Ingest:
 
     def _timed_commit(self, batches: Sequence[Batch]) -> Committed:
         start = time.perf_counter()
-        committed = self._writer.commit(batches, now_unix_ns=self._unix_ns())
+        committed = self._writer.commit(batches, now_unix_ns=self._unix_ns(), meanwhile=self._look_ahead)
         self._metrics.observe_commit(time.perf_counter() - start)
         return committed
 

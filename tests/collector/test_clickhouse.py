@@ -8,7 +8,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span, int_
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.storage.writer import StatsWriter
+from rollup_reference import compare
 
 
 @dataclass
@@ -150,6 +151,73 @@ def test_a_batch_whose_rows_a_later_one_replaced_is_still_known(chdb: Beside, wi
     chdb.write(first)
 
     assert chdb.sql("SELECT min(seq), max(seq) FROM stats FINAL") == [(2, 2)]
+
+
+@pytest.mark.parametrize("stored", [False, True])  # when it fails
+def test_an_insert_that_fails_while_the_next_group_is_laid_out_loses_and_doubles_nothing(
+    chdb: Beside, wire: Any, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    writer = StatsWriter(chdb.engine, chdb.store)
+    groups = [_batches(chdb, wire, seqs) for seqs in ((1, 2), (3, 4), (5, 6))]
+    insert, failures = chdb.store._insert, ["stats", "stats_step", "stats"]
+
+    def fails(client: Any, table: str, block: Any, token: str) -> None:
+        fail = bool(failures) and failures[0] == table and failures.pop(0)
+        if stored or not fail:
+            insert(client, table, block, token)
+        if fail:
+            raise StorageError("gone")
+
+    monkeypatch.setattr(chdb.store, "_insert", fails)
+    errors = 0
+    for number, group in enumerate(groups):
+        following = groups[number + 1 : number + 2]
+        while True:
+            try:
+                writer.commit(group, now_unix_ns=1, meanwhile=lambda next_=following: [*map(writer.prepare, next_)])
+                break
+            except StorageError:
+                errors += 1
+    writer.roll_up()
+
+    assert errors == 3
+    expected = [value for group in groups for batch in group for value in batch.columns["amax"].tolist()]
+    assert chdb.amax() == expected
+    assert chdb.sql("SELECT count() FROM stats") == [(len(expected),)]
+    assert chdb.sql("SELECT groupArray(step) FROM (SELECT step FROM stats_step FINAL ORDER BY step)") == [
+        ([1, 2, 3, 4, 5, 6],)
+    ]
+    compare(chdb.engine, chdb.store)
+
+
+def test_a_group_other_than_the_one_prepared_is_laid_out_as_it_is(chdb: Beside, wire: Any) -> None:
+    first, second, third = ([batch] for batch in _batches(chdb, wire, (1, 2, 3)))
+    chdb.store.prepare(second)
+
+    chdb.write(*first)
+    chdb.write(*second)
+    chdb.store.prepare(first)
+    chdb.write(*third)
+
+    assert chdb.amax() == [value for [batch] in (first, second, third) for value in batch.columns["amax"].tolist()]
+
+
+def test_what_fails_meanwhile_is_raised_when_the_insert_has_ended(chdb: Beside, wire: Any) -> None:
+    group = _batches(chdb, wire, (1,))
+
+    def breaks() -> None:
+        raise ValueError("broken")
+
+    with chdb.engine.connect() as connection, pytest.raises(ValueError, match="broken"):
+        chdb.store.write(connection, group, breaks)
+    chdb.write(*group)
+
+    assert chdb.amax() == group[0].columns["amax"].tolist()
+    assert chdb.sql("SELECT count() FROM stats") == [(6,)]
+
+
+def _batches(chdb: Beside, wire: Any, seqs: Sequence[int]) -> list[Batch]:
+    return [decode_stats(wire.stats(seq, wire.columns(seq)), chdb.source, Limits()) for seq in seqs]
 
 
 def test_runs_of_two_partitions_are_two_inserts(chdb: Beside, wire: Any) -> None:

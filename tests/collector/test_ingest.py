@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class FakeWriter:
         self.errors: list[Exception] = []
         self.poison: set[int] = set()
         self.groups: list[list[int]] = []
+        self.prepared: list[list[int]] = []
+        self.waits = False  # for a store, with time to look ahead
         self.seen: dict[int, Seen] = {}
         self.deleted = False
         self.row_s = 0.0  # how long a row takes
@@ -49,8 +51,14 @@ class FakeWriter:
         self.calls.append("register")
         return _source()
 
-    def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
+    def prepare(self, group: Sequence[Batch]) -> None:
+        self.prepared.append([batch.seq for batch in group])
+
+    def commit(self, group: Sequence[Batch], *, now_unix_ns: int, meanwhile: Callable[[], None]) -> Committed:
         self.busy = True
+        if self.waits:
+            self.open.wait(20)
+            meanwhile()
         self._wait()
         if bad := [batch.seq for batch in group if batch.seq in self.poison]:
             raise sqlite3.IntegrityError(f"{bad}")
@@ -325,6 +333,44 @@ def test_close_gives_up_on_a_database_that_stays_away(wire: Any) -> None:
         assert writer.committed == []
 
     _run(scenario)
+
+
+def test_a_group_that_was_prepared_is_the_next_and_committed_once_though_the_one_before_fails(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.waits = True
+        writer.open.clear()
+        await ingest.put(_batch(wire, 1), 1, lane)
+        await _until(lambda: writer.busy)
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in range(2, 7)])
+        writer.errors = [sqlite3.OperationalError("database is locked")] * 3
+
+        writer.open.set()
+        await _until(lambda: lane.owed == 0)
+
+        assert writer.prepared[0] == [2, 3]
+        assert writer.groups[:2] == [[1], [2, 3]]
+        assert writer.committed == [1, 2, 3, 4, 5, 6]
+        assert lane.up_to_seq == 6
+
+    _run(scenario, Pace(group_rows=12))
+
+
+def test_what_was_prepared_is_written_before_the_thread_ends(wire: Any) -> None:
+    async def scenario(ingest: Ingest, writer: FakeWriter, metrics: Metrics) -> None:
+        lane = Lane(_source())
+        writer.waits = True
+        writer.open.clear()
+        await _put_all(ingest, lane, [_batch(wire, seq) for seq in (1, 2)])
+        closing = asyncio.create_task(ingest.close(10))
+        await asyncio.sleep(0.05)
+
+        writer.open.set()
+
+        assert await closing
+        assert writer.committed == [1, 2]
+
+    _run(scenario, Pace(group_rows=6))
 
 
 def _run(scenario: Any, pace: Pace = Pace(), slices: int = 0, **limits: int) -> None:  # noqa: B008  # frozen

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ class ClickHouseStats:
         self._service: ReadService | None = None
         self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder
         self._finding = threading.Lock()
-        self._blocks = Blocks()
+        self._blocks, self._spare = Blocks(), Blocks()
+        self._prepared: tuple[list[Batch], Block] | None = None  # in `_spare`
         self._written: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()  # highest seq known stored
 
     def migrate(self) -> None:
@@ -123,27 +124,46 @@ class ClickHouseStats:
             )
             return int(total.result_rows[0][0])
 
-    def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
-        """Writes what is not there yet: durable when it returns, whatever becomes of the caller's transaction."""
+    def write(
+        self, connection: sa.Connection, batches: Sequence[Batch], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Writes what is not there yet: durable when it returns, whatever becomes of the caller's transaction.
+
+        Inserts are made in a thread of their own, `meanwhile` in the caller's.
+        """
         batches = [batch for batch in batches if batch.rows]
         if not batches:
             return
         with self._client(changing=True) as client:
             self._look_up(client, [batch for batch in batches if batch.source not in self._written])
             new = [batch for batch in batches if batch.seq > self._written[batch.source]]
-            parts: dict[int, list[Batch]] = {}
-            for batch in new:
-                parts.setdefault(batch.source.run_id // RUNS_A_PARTITION, []).append(batch)
+            parts = _by_partition(new)
+            prepared = None
+            if self._prepared and parts == [self._prepared[0]]:
+                prepared, self._prepared = self._prepared[1], None
+                self._blocks, self._spare = self._spare, self._blocks
+            blocks = self._blocks
+
+            def insert() -> None:
+                for part in parts:
+                    self._insert(client, STATS, prepared or blocks.rows(part), _token(part))
+                self._insert(client, STATS_STEP, blocks.steps(batches), _token(batches))
+
             try:
-                for part in parts.values():
-                    self._insert(client, STATS, self._blocks.rows(part), _token(part))
-                self._insert(client, STATS_STEP, self._blocks.steps(batches), _token(batches))
+                _beside(insert, meanwhile)
             except BaseException:
                 for batch in new:  # who knows: looked up again before the next attempt
                     self._written.pop(batch.source, None)
                 raise
             for batch in new:
                 self._written[batch.source] = batch.seq
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Lays out their block, while that of the write before is still inserted."""
+        parts = _by_partition([batch for batch in batches if batch.rows])
+        if len(parts) == 1:
+            self._prepared = None
+            self._prepared = parts[0], self._spare.rows(parts[0])
 
     def delete(self, connection: sa.Connection, source_ids: Sequence[int]) -> None:
         """Removes everything of these sources, and gives its space back before it returns."""
@@ -400,6 +420,35 @@ def _within(run_id: int, span: Span) -> sa.ColumnElement[bool]:
         row.source_id == span.source_id,
         row.step.between(first, last),
     )
+
+
+def _by_partition(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """The batches of each partition, a block each."""
+    parts: dict[int, list[Batch]] = {}
+    for batch in batches:
+        parts.setdefault(batch.source.run_id // RUNS_A_PARTITION, []).append(batch)
+    return [*parts.values()]
+
+
+def _beside(work: Callable[[], None], meanwhile: Callable[[], None] | None) -> None:
+    """Does `work` in another thread and `meanwhile` in this; returns when both have ended, raises what one raised."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="fp8scope-insert", daemon=True)  # a server that hangs holds up no exit
+    thread.start()
+    try:
+        if meanwhile:
+            meanwhile()
+    finally:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _token(batches: Sequence[Batch]) -> str:

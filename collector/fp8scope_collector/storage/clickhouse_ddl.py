@@ -24,17 +24,17 @@ _INSERTS_REMEMBERED = 1000  # whose tokens are compared
 def create_tables(cluster: str | None = None) -> list[str]:
     """The statements that create what is not there, in their order."""
     stats = [
-        "run_id Int64 CODEC(Delta, ZSTD(1)) COMMENT 'run.id'",
-        "source_id Int64 CODEC(Delta, ZSTD(1)) COMMENT 'source.id'",
-        "step Int64 CODEC(Delta, ZSTD(1)) COMMENT 'optimizer step'",
-        "slot Int32 CODEC(Delta, ZSTD(1)) COMMENT 'slot.slot'",
-        "seq Int64 CODEC(Delta, ZSTD(1)) COMMENT 'number of the batch that brought the row; the highest counts'",
+        "run_id Int64 CODEC(Delta, LZ4) COMMENT 'run.id'",
+        "source_id Int64 CODEC(Delta, LZ4) COMMENT 'source.id'",
+        "step Int64 CODEC(Delta, LZ4) COMMENT 'optimizer step'",
+        "slot Int32 CODEC(Delta, LZ4) COMMENT 'slot.slot'",
+        "seq Int64 CODEC(Delta, LZ4) COMMENT 'number of the batch that brought the row; the highest counts'",
         *(_field_column(name) for name in (field.name for field in FIELDS)),
     ]
     steps = [
         "run_id Int64 COMMENT 'run.id'",
         "source_id Int64 COMMENT 'source.id'",
-        "step Int64 CODEC(Delta, ZSTD(1)) COMMENT 'a step that the source recorded'",
+        "step Int64 CODEC(Delta, LZ4) COMMENT 'a step that the source recorded'",
     ]
     order = f"(run_id, intDiv(step, {STEPS_A_BLOCK}), slot, source_id, step)"
     partition = f"intDiv(run_id, {RUNS_A_PARTITION})"

@@ -105,6 +105,7 @@ class Rolling:
         self._part = part
         self._clock = clock
         self._pending: dict[Key, _Pending] = {}
+        self._unmerged: list[tuple[Key, int, list[_Segment]]] = []  # with the rank; counted in `_pending` already
         self._simple: dict[int, _Simple] = {}
         self._behind: set[int] = set()  # sources that `catch_up` has to look at
 
@@ -133,6 +134,7 @@ class Rolling:
 
         Changes nothing here: `apply` does, once the transaction is committed.
         """
+        self.merge()
         change = Change()
         rolled = {source_id: row.rolled_step for source_id, row in locked.items()}
         self._flush(connection, due, locked, rolled, change)
@@ -161,9 +163,18 @@ class Rolling:
                 self._simple[source_id] = simple
         for source, segments in change.segments:
             key = (source.run_id, source.incarnation)
-            if key not in change.forgotten:
-                self._merge(key, source.rank, segments)
+            if key not in change.forgotten and segments:
+                pending = self._pending.setdefault(key, _Pending(self._clock()))
+                pending.rows += sum(len(segment.slot) for segment in segments)
+                self._unmerged.append((key, source.rank, segments))
         self._behind |= change.behind
+
+    def merge(self) -> None:
+        """Merges into memory what was applied: most of the work. It may wait for a better time, until the next change."""
+        unmerged, self._unmerged = self._unmerged, []
+        for key, rank, segments in unmerged:
+            for segment in segments:
+                _add(self._pending[key].buckets, rank, segment)
 
     def catch_up(self, connection: sa.Connection, lock: Callable[[Iterable[int]], Mapping[int, Locked]]) -> bool:
         """Rolls up raw rows of one source that is behind, at most some; False when none was."""
@@ -229,12 +240,6 @@ class Rolling:
             change.segments.append((source, segments))
         elif segments:
             change.behind.add(source.id)
-
-    def _merge(self, key: Key, rank: int, segments: Iterable[_Segment]) -> None:
-        for segment in segments:
-            pending = self._pending.setdefault(key, _Pending(self._clock()))
-            _add(pending.buckets, rank, segment)
-            pending.rows += len(segment.slot)
 
     # the tables
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,14 @@ class SqlStats:
         """0: the size of the database has it."""
         return 0
 
-    def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
-        """Writes the batches' rows in the caller's transaction."""
+    def write(
+        self, connection: sa.Connection, batches: Sequence[Batch], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Writes the batches' rows in the caller's transaction, and in its thread: `meanwhile` has to wait."""
         self._insert_rows(connection, [batch for batch in batches if batch.rows])
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Nothing."""
 
     def delete(self, connection: sa.Connection, source_ids: Sequence[int]) -> None:
         """Removes everything of these sources."""

@@ -7,7 +7,7 @@ no query has to join two databases. tests/collector/conformance is what each one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,11 +64,18 @@ class StatsStore(Protocol):
         """What it takes on disk beside the relational database; 0 where it is in that."""
         ...
 
-    def write(self, connection: sa.Connection, batches: Sequence[Batch]) -> None:
+    def write(
+        self, connection: sa.Connection, batches: Sequence[Batch], meanwhile: Callable[[], None] | None = None
+    ) -> None:
         """Writes the batches' rows. A (step, slot) that its source has sent before is replaced.
 
         They are sorted by (source, seq) and above what the ledger says is committed; the sources' rows are locked.
+        A store that waits for others to write calls `meanwhile`, once and in the caller's thread, in that time.
         """
+        ...
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Does in advance what of writing these batches, sorted so, needs no database; others may come instead."""
         ...
 
     def delete(self, connection: sa.Connection, source_ids: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ import math
 import secrets
 import sqlite3
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psycopg
@@ -83,8 +83,19 @@ class StatsWriter:
         self._numbers[key] = source.run_slot
         return source
 
-    def commit(self, group: Sequence[Batch], *, now_unix_ns: int) -> Committed:
-        """Writes in one transaction what of the group is not in the database yet; it is durable on return."""
+    def commit(
+        self, group: Sequence[Batch], *, now_unix_ns: int, meanwhile: Callable[[], None] | None = None
+    ) -> Committed:
+        """Writes in one transaction what of the group is not in the database yet; it is durable on return.
+
+        `meanwhile` is called, at most once, where this thread would wait for a store of statistics.
+        """
+
+        def wait() -> None:
+            self._rolling.merge()
+            if meanwhile:
+                meanwhile()
+
         due = self._rolling.due()
         with self._engine.begin() as connection:
             sources = {batch.source.id for batch in group}
@@ -98,7 +109,7 @@ class StatsWriter:
                     up_to_seq[batch.source.id] = batch.seq
                     fresh[index] = True
             written = [group[index] for index in order if fresh[index]]
-            self._store.write(connection, written)
+            self._store.write(connection, written, wait)
             self._cover(connection, written, locked)
             samples.write(connection, self._insert, written)
             self._write_scalars(connection, written)
@@ -108,6 +119,10 @@ class StatsWriter:
             change = self._rolling.change(connection, due, written, locked)
         self._rolling.apply(change)
         return Committed(tuple(fresh), up_to_seq)
+
+    def prepare(self, group: Sequence[Batch]) -> None:
+        """Does in advance what needs no database, of the group that will be committed next as far as one can know."""
+        self._store.prepare(sorted(group, key=lambda batch: (batch.source.id, batch.seq)))
 
     def roll_up(self, *, everything: bool = True) -> None:
         """Writes what of the rollups is still in memory: everything, or what no commit came to write in time."""
