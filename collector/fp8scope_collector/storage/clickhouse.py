@@ -155,6 +155,8 @@ class ClickHouseStats:
                 for batch in new:  # who knows: looked up again before the next attempt
                     self._written.pop(batch.source, None)
                 raise
+            for source in {batch.source for batch in batches} - {batch.source for batch in new}:
+                del self._written[source]  # all of them were there: the next may be, too
             for batch in new:
                 self._written[batch.source] = batch.seq
 

@@ -170,7 +170,7 @@ class Rolling:
         self._behind |= change.behind
 
     def merge(self) -> None:
-        """Merges into memory what was applied: most of the work. It may wait for a better time, until the next change."""
+        """Merges into memory what was applied: most of the work, which may wait until the next change."""
         unmerged, self._unmerged = self._unmerged, []
         for key, rank, segments in unmerged:
             for segment in segments:
