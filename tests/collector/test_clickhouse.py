@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -126,6 +127,15 @@ def test_tables_are_tuned_where_the_server_knows_the_setting(chdb: Beside) -> No
     assert "merge_selector_base = 20" in made[0]
     assert tune("stats", None, ["merge_selector_base"]) == ["ALTER TABLE stats MODIFY SETTING merge_selector_base = 20"]
     assert tune("stats", "gpus", []) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_merges_get_what_others_leave_of_the_processors(chdb: Beside) -> None:
+    threads = [*Path("/proc/self/task").glob("*")]
+    merging = [int(each.name) for each in threads if (each / "comm").read_text().strip() == "MergeMutate"]
+
+    assert merging
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in merging} == {10}
 
 
 def test_what_two_collectors_wrote_twice_is_read_once(chdb: Beside, wire: Any) -> None:
