@@ -25,7 +25,7 @@ from fp8scope_collector.storage.stats_store import StatsStore
 
 PIECE_ROWS = 512
 PIECE_CELLS = PIECE_ROWS * 1680  # of all ranks: 70 MB of float64 fields
-SNAPSHOT_ROWS = 20_000  # of one transaction: SQLite cannot begin its log anew while a reader looks at it
+SNAPSHOT_ROWS = 20_000  # of one transaction, where it matters
 GIVEN_UP_S = 86_400.0  # a run that is silent for so long is taken for dead
 
 
@@ -125,19 +125,27 @@ class RunRows:
         shape = (len(ranks), steps.size, len(self.slots))
         fields: dict[str, Floats] = {name: np.full(shape, np.nan) for name in FIELDS_READ}
         numbers = np.array([slot.slot for slot in self.slots])
-        at_once = max(1, SNAPSHOT_ROWS // len(self.slots))
+        rank_at = {span.source_id: ranks.index(rank_of[span.source_id]) for span in spans}
+        for some in self._readings(spans, steps):
+            with self.engine.connect() as connection:
+                for batch in self.store.rows(connection, some, FIELDS_READ):
+                    sources, which = np.unique(batch["source_id"], return_inverse=True)
+                    rank = np.array([rank_at[source_id] for source_id in sources.tolist()])[which]
+                    at = (rank, np.searchsorted(steps, batch["step"]), np.searchsorted(numbers, batch["slot"]))
+                    for name in FIELDS_READ:
+                        fields[name][at] = batch[name].to_numpy(zero_copy_only=False)
+        return fields
+
+    def _readings(self, spans: list[Span], steps: Ints) -> Iterator[list[Span]]:
+        """What is read in one transaction each: a few steps of a span, or everything."""
+        at_once = max(1, SNAPSHOT_ROWS // len(self.slots)) if self.store.in_pieces else max(1, steps.size)
+        parts: list[Span] = []
         for span in spans:
-            rank = ranks.index(rank_of[span.source_id])
             own = steps[(steps >= span.first_step) & (steps <= span.last_step)]
             for start in range(0, own.size, at_once):
                 some = own[start : start + at_once]
-                part = replace(span, first_step=int(some[0]), last_step=int(some[-1]))
-                with self.engine.connect() as connection:
-                    for batch in self.store.rows(connection, [part], FIELDS_READ):
-                        at = (rank, np.searchsorted(steps, batch["step"]), np.searchsorted(numbers, batch["slot"]))
-                        for name in FIELDS_READ:
-                            fields[name][at] = batch[name].to_numpy(zero_copy_only=False)
-        return fields
+                parts.append(replace(span, first_step=int(some[0]), last_step=int(some[-1])))
+        yield from ([part] for part in parts) if self.store.in_pieces else [parts]
 
     def _scalars(self, after: int, last: int) -> dict[str, ScalarSeries]:
         """The scalars of the steps in (after, last], one entry for each."""

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ _stats_step = sa.table(STATS_STEP, *(sa.column(name, sa.BigInteger) for name in 
 _SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
 _MERGES_NICE = 10
+_SPANS = 1000  # of one query: its text has a limit
 _FIRST_ROWS = 64  # batches whose first row is looked up in one query
 
 
@@ -69,6 +70,7 @@ class ClickHouseStats:
     pace = Pace(  # each insert is a part that has to be merged
         group_rows=131_072, rows_under_way=393_216, under_way_s=0.6, window=64, pause_s=0.2, rollup_rows=1_048_576
     )
+    in_pieces = False  # a few rows cost as much as all those of their blocks
 
     def __init__(self, url: sa.URL) -> None:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
@@ -183,7 +185,7 @@ class ClickHouseStats:
         span = Span(source_id, 0, 0, below_step - 1)
         if not (runs := self._runs(connection, [source_id])) or below_step <= 0:
             return 0
-        which = _within(runs[source_id], span)
+        which = _within(runs[source_id], [span])
         with self._client(changing=True) as client:
             count = sa.select(sa.func.count()).select_from(_stats).where(which)
             rows = int(client.query(self._sql(count), settings={"final": 1}).result_rows[0][0])
@@ -223,25 +225,23 @@ class ClickHouseStats:
         every: int = 1,
         batch_rows: int = 50_000,
     ) -> Iterator[pa.RecordBatch]:
-        """The spans' rows, a query for each; of rows that are there twice the one of the later batch."""
+        """The spans' rows, those beside each other by one query; of a row that is there twice the later batch's."""
         layout = row_schema(fields)
         runs = self._runs(connection, [span.source_id for span in spans])
         settings = {"final": 1, "max_block_size": batch_rows, "max_bytes_before_external_sort": _SORT_BYTES}
-        for span in spans:
-            if span.source_id not in runs:
-                continue
-            query = sa.select(*(_stats.c[name] for name in layout.names)).where(_within(runs[span.source_id], span))
+        row, there = _stats.c, _stats_step.c
+        for run_id, some in _together(spans, runs):
+            query = sa.select(*(row[name] for name in layout.names)).where(_within(run_id, some))
             if slots is not None:
-                query = query.where(_stats.c.slot.in_(list(slots)))
+                query = query.where(row.slot.in_(list(slots)))
             if every > 1:
-                there = _stats_step.c
-                firsts = sa.select(sa.func.min(there.step)).where(
-                    there.run_id == runs[span.source_id],
-                    there.source_id == span.source_id,
-                    there.step.between(span.first_step, span.last_step),
+                firsts = sa.select(there.source_id, sa.func.min(there.step)).where(
+                    there.run_id == run_id, _of_spans(there, some)
                 )
-                query = query.where(_stats.c.step.in_(firsts.group_by(int_div(there.step, every))))
-            query = query.order_by(_stats.c.step, _stats.c.slot)
+                firsts = firsts.group_by(there.source_id, int_div(there.step, every))
+                query = query.where(sa.tuple_(row.source_id, row.step).in_(firsts))
+            place = [_by_source(row.source_id, some, range(len(some)))] if len(some) > 1 else []
+            query = query.order_by(*place, row.step, row.slot)
             with self._client() as client:
                 free = {name: to for name, to in settings.items() if not client.server_settings[name].readonly}
                 with client.query_arrow_stream(self._sql(query), settings=free) as blocks:
@@ -415,16 +415,52 @@ def _engine_through(offer: Offer) -> sa.Engine:
     return sa.create_engine(url, connect_args={"pool_mgr": get_pool_manager()})
 
 
-def _within(run_id: int, span: Span) -> sa.ColumnElement[bool]:
-    """The rows of a span; the block of steps is said apart, as ClickHouse does not conclude it from the steps."""
+def _together(spans: Sequence[Span], runs: Mapping[int, int]) -> Iterator[tuple[int, list[Span]]]:
+    """The spans in their order with their run: those of several sources together that reach into the same blocks.
+
+    All sources of a run lie side by side in a block, so that a query for one of them reads the others' rows, too.
+    """
+    some: list[Span] = []
+    for span in spans:
+        if span.source_id not in runs:
+            continue
+        if some and not (
+            len(some) < _SPANS
+            and runs[span.source_id] == runs[some[0].source_id]
+            and all(span.source_id != other.source_id for other in some)
+            and span.first_step // STEPS_A_BLOCK <= max(other.last_step for other in some) // STEPS_A_BLOCK
+            and span.last_step // STEPS_A_BLOCK >= min(other.first_step for other in some) // STEPS_A_BLOCK
+        ):
+            yield runs[some[0].source_id], some
+            some = []
+        some.append(span)
+    if some:
+        yield runs[some[0].source_id], some
+
+
+def _within(run_id: int, spans: Sequence[Span]) -> sa.ColumnElement[bool]:
+    """The rows of spans; the blocks of steps are said apart, as ClickHouse does not conclude them from the steps."""
     row = _stats.c
-    first, last = span.first_step, span.last_step
-    return sa.and_(
-        row.run_id == run_id,
-        int_div(row.step, STEPS_A_BLOCK).between(first // STEPS_A_BLOCK, last // STEPS_A_BLOCK),
-        row.source_id == span.source_id,
-        row.step.between(first, last),
-    )
+    first, last = min(span.first_step for span in spans), max(span.last_step for span in spans)
+    blocks = int_div(row.step, STEPS_A_BLOCK).between(first // STEPS_A_BLOCK, last // STEPS_A_BLOCK)
+    return sa.and_(row.run_id == run_id, blocks, _of_spans(row, spans))
+
+
+def _of_spans(row: Any, spans: Sequence[Span]) -> sa.ColumnElement[bool]:
+    """What of `row`, columns with a source and a step, lies in the spans, which are of different sources."""
+    firsts, lasts = [span.first_step for span in spans], [span.last_step for span in spans]
+    inside = [row.source_id.in_([span.source_id for span in spans]), row.step.between(min(firsts), max(lasts))]
+    if len({*firsts}) > 1 or len({*lasts}) > 1:
+        inside += [row.step >= _by_source(row.source_id, spans, firsts)]
+        inside += [row.step <= _by_source(row.source_id, spans, lasts)]
+    return sa.and_(*inside)
+
+
+def _by_source(source_id: sa.ColumnElement[int], spans: Sequence[Span], values: Sequence[int]) -> Any:
+    """The value that belongs to the source's span: looked up, however many there are."""
+    sources = [span.source_id for span in spans]
+    literals: list[sa.ColumnElement[Any]] = [sa.literal_column(str(each)) for each in (sources, list(values), 0)]
+    return sa.func.transform(source_id, *literals)
 
 
 def _by_partition(batches: Sequence[Batch]) -> list[list[Batch]]:

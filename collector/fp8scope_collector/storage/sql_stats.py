@@ -32,6 +32,7 @@ class SqlStats:
     """The table `stats` of one database; see `StatsStore`. It has no state of its own."""
 
     pace = Pace()
+    in_pieces = True  # SQLite cannot begin its log anew while a reader looks at it
     backup_hint: str | None = None
 
     def __init__(self, dialect: str) -> None:

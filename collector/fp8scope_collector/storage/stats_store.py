@@ -46,6 +46,7 @@ class StatsStore(Protocol):
     """
 
     pace: Pace
+    in_pieces: bool  # whether who reads much should take a little at a time, so that writers do not wait
 
     @property
     def backup_hint(self) -> str | None:
