@@ -49,7 +49,8 @@ _DIFFERENCES = """
 * A scale is of a whole step, one micro-batch here; the paper shows the mode over the samples of a batch. X flips more
   often that way.
 * Pre-training is swept with constants, too; the paper sweeps inference and fine-tuning.
-* Rates and steps of a size are our choice, and the larger sizes have fewer constants and, in the sweep, one seed.
+* Rates and steps of a size are our choice, and the larger sizes have fewer constants and, in the sweep, one seed;
+  12M is fine-tuned from two of its three seeds.
   Higher rates were tried first (3e-3 at 1M, 8e-4 at 4M): learning is less settled then, and any change, FP8 or another
   rounding, moves the loss of a single seed by 1 to 2 %.
 * Models have seen 100 to 230 KB of text when fine-tuning begins, and that is short, too: accuracies are far from what
