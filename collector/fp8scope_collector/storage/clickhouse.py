@@ -77,14 +77,13 @@ class ClickHouseStats:
         self.cluster = str(url.query["cluster"]) if "cluster" in url.query else None
         self._folder = Path(str(url.database)).absolute() if url.get_backend_name() == "chdb" else None
         self._shown = url.render_as_string(hide_password=True)
-        self._url = (
+        self._engine = sa.create_engine(
             sa.URL.create("clickhousedb", database="default").update_query_dict(
                 {"interface": "chdb", "path": str(self._folder)}
             )
             if self._folder
             else url.set(drivername="clickhousedb").difference_update_query(["cluster"])
         )
-        self._engine = sa.create_engine(self._url)
         self._own = self._folder is None  # whether the pool of `_engine` may keep connections
         self._service: ReadService | None = None
         self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder
@@ -262,7 +261,7 @@ class ClickHouseStats:
         self._own = self._folder is None
 
     def _look_up(self, client: Any, batches: Sequence[Batch]) -> None:
-        """Learns which of these batches, the first that their sources bring us, are stored already.
+        """Learns which of these batches, all from sources of which none was missing yet, are stored already.
 
         A batch is stored whole or not at all, in one part, so its first row says it; a later number in that row means
         that a later batch replaced it.
