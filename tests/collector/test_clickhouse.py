@@ -46,7 +46,7 @@ class Beside:
     source: Source
 
     def sql(self, statement: str) -> list[tuple[Any, ...]]:
-        with self.store._client() as client:
+        with self.store._database.client() as client:
             return [tuple(row) for row in client.query(statement).result_rows]
 
     def write(self, *batches: Batch) -> None:

@@ -104,8 +104,8 @@ def test_rows_are_the_same_as_the_collector_itself_would_read(
     with engine.connect() as connection:
         store.write(connection, [batch])
         expected = pa.Table.from_batches(store.rows(connection, spans, ["amax", "numel", "sum_sq"]))
-        monkeypatch.setattr("fp8scope_collector.storage.clickhouse.holder", lambda folder: 1)
-        monkeypatch.setattr("fp8scope_collector.storage.clickhouse.find", lambda folder, pid: offer)
+        monkeypatch.setattr("fp8scope_collector.storage.clickhouse_reach.holder", lambda folder: 1)
+        monkeypatch.setattr("fp8scope_collector.storage.clickhouse_reach.find", lambda folder, pid: offer)
 
         found = pa.Table.from_batches(through.rows(connection, spans, ["amax", "numel", "sum_sq"]))
         none = [*through.rows(connection, spans, ["amax"], slots=[99])]

@@ -6,29 +6,20 @@ it is written (docs/adr/0036). Blocks are large, each touches one partition and 
 both sides of a partition may still write twice is one row when it is read (`final`).
 
 Rows are ordered by run, blocks of 256 steps, slot, source, step: one tensor's window is a few granules, and so is the
-newest window of all tensors (docs/adr/0037). The tables are made by `clickhouse_ddl`.
-
-A chDB folder belongs to one process. A collector that has one lets others read through it (`clickhouse_http`), which
-they find out by themselves (docs/adr/0084).
+newest window of all tensors (docs/adr/0037). `clickhouse_ddl` makes the tables, and `clickhouse_reach` reaches
+them: a chDB folder belongs to one process, and a collector that has one lets others read through it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import sqlalchemy as sa
-from clickhouse_connect.driver.exceptions import ClickHouseError
-from clickhouse_connect.driver.httputil import get_pool_manager
-from urllib3.exceptions import HTTPError
 
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
@@ -44,9 +35,10 @@ from fp8scope_collector.storage.clickhouse_ddl import (
     missing_columns,
     tune,
 )
-from fp8scope_collector.storage.clickhouse_http import USER, Offer, ReadService, find, holder
+from fp8scope_collector.storage.clickhouse_http import ReadService
+from fp8scope_collector.storage.clickhouse_reach import Database, merge_when_idle
 from fp8scope_collector.storage.history import Span, int_div
-from fp8scope_collector.storage.stats_store import Pace, StorageError, row_schema
+from fp8scope_collector.storage.stats_store import Pace, row_schema
 
 _KEY = ("run_id", "source_id", "step", "slot", "seq")
 _stats = sa.table(
@@ -54,8 +46,6 @@ _stats = sa.table(
 )
 _stats_step = sa.table(STATS_STEP, *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "step")))
 _SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
-PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
-_MERGES_NICE = 10
 _SPANS = 1000  # of one query: its text has a limit
 _FIRST_ROWS = 64  # batches whose first row is looked up in one query
 
@@ -75,28 +65,17 @@ class ClickHouseStats:
     def __init__(self, url: sa.URL) -> None:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
         self.cluster = str(url.query["cluster"]) if "cluster" in url.query else None
-        self._folder = Path(str(url.database)).absolute() if url.get_backend_name() == "chdb" else None
-        self._shown = url.render_as_string(hide_password=True)
-        self._engine = sa.create_engine(
-            sa.URL.create("clickhousedb", database="default").update_query_dict(
-                {"interface": "chdb", "path": str(self._folder)}
-            )
-            if self._folder
-            else url.set(drivername="clickhousedb").difference_update_query(["cluster"])
-        )
-        self._own = self._folder is None  # whether the pool of `_engine` may keep connections
-        self._service: ReadService | None = None
-        self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder
-        self._finding = threading.Lock()
+        self._database = Database(url)
+        self._service: ReadService | None = None  # what lets others read the folder
         self._blocks, self._spare = Blocks(), Blocks()
         self._prepared: tuple[list[Batch], Block] | None = None  # in `_spare`
         self._written: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()  # highest seq known stored
 
     def migrate(self) -> None:
         """Creates the tables, and adds columns that this version has and they have not."""
-        if self._folder:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        with self._client(changing=True) as client:
+        if self._database.folder:
+            self._database.folder.mkdir(parents=True, exist_ok=True)
+        with self._database.client(changing=True) as client:
             for statement in create_tables(self.cluster):
                 client.command(statement)
             for table in dict.fromkeys((local(STATS, self.cluster), STATS)):
@@ -107,19 +86,19 @@ class ClickHouseStats:
             for table in (STATS, STATS_STEP):
                 for statement in tune(table, self.cluster, settings):
                     client.command(statement)
-        if self._folder:
-            _merge_when_idle()
+        if self._database.folder:
+            merge_when_idle()
 
     def offer(self) -> None:
         """Lets other processes read the chDB folder that this one has; a server does that itself."""
-        if self._folder and not self._service:
-            self._service = ReadService(self._folder)
+        if self._database.folder and not self._service:
+            self._service = ReadService(self._database.folder)
 
     def size_bytes(self) -> int:
         """The parts that count, on disk, as ClickHouse compressed them; of a cluster one replica of each shard."""
         parts = f"cluster('{self.cluster}', system.parts)" if self.cluster else "system.parts"
         tables = ", ".join(f"'{local(table, self.cluster)}'" for table in (STATS, STATS_STEP))
-        with self._client() as client:
+        with self._database.client() as client:
             database = client.query("SELECT currentDatabase()").result_rows[0][0]
             total = client.query(
                 f"SELECT sum(bytes_on_disk) FROM {parts} WHERE active AND database = {{own:String}}"
@@ -138,7 +117,7 @@ class ClickHouseStats:
         batches = [batch for batch in batches if batch.rows]
         if not batches:
             return
-        with self._client(changing=True) as client:
+        with self._database.client(changing=True) as client:
             self._look_up(client, [batch for batch in batches if batch.source not in self._written])
             new = [batch for batch in batches if batch.seq > self._written[batch.source]]
             parts = _by_partition(new)
@@ -185,7 +164,7 @@ class ClickHouseStats:
         if not (runs := self._runs(connection, [source_id])) or below_step <= 0:
             return 0
         which = _within(runs[source_id], [span])
-        with self._client(changing=True) as client:
+        with self._database.client(changing=True) as client:
             count = sa.select(sa.func.count()).select_from(_stats).where(which)
             rows = int(client.query(self._sql(count), settings={"final": 1}).result_rows[0][0])
         if rows:
@@ -198,7 +177,7 @@ class ClickHouseStats:
         """The newest `count` recorded steps of a source, descending, from the narrow table of steps."""
         step = _stats_step.c.step
         query = sa.select(step).distinct().where(_stats_step.c.source_id == source_id).order_by(step.desc())
-        with self._client() as client:
+        with self._database.client() as client:
             return [row[0] for row in client.query(self._sql(query.limit(count))).result_rows]
 
     def steps(self, connection: sa.Connection, spans: Sequence[Span]) -> list[tuple[int, int]]:
@@ -211,7 +190,7 @@ class ClickHouseStats:
             for span in spans
         ]
         query = sa.select(table.source_id, table.step).distinct().where(sa.or_(*inside))
-        with self._client() as client:
+        with self._database.client() as client:
             return [(source_id, step) for source_id, step in client.query(self._sql(query)).result_rows]
 
     def rows(
@@ -241,7 +220,7 @@ class ClickHouseStats:
                 query = query.where(sa.tuple_(row.source_id, row.step).in_(firsts))
             place = [_by_source(row.source_id, some, range(len(some)))] if len(some) > 1 else []
             query = query.order_by(*place, row.step, row.slot)
-            with self._client() as client:
+            with self._database.client() as client:
                 free = {name: to for name, to in settings.items() if not client.server_settings[name].readonly}
                 with client.query_arrow_stream(self._sql(query), settings=free) as blocks:
                     for block in blocks:
@@ -255,10 +234,7 @@ class ClickHouseStats:
         if self._service:
             self._service.close()
             self._service = None
-        if self._through:
-            self._through[1].dispose()
-        self._engine.dispose()
-        self._own = self._folder is None
+        self._database.close()
 
     def _look_up(self, client: Any, batches: Sequence[Batch]) -> None:
         """Learns which of these batches, all from sources of which none was missing yet, are stored already.
@@ -295,11 +271,12 @@ class ClickHouseStats:
         if self.cluster:
             settings |= {"distributed_foreground_insert": 1}
         columns, data = block
-        client.raw_insert(table, columns, data if self._folder else bytes(data), settings=settings, fmt="Native")
+        sent = data if self._database.folder else bytes(data)
+        client.raw_insert(table, columns, sent, settings=settings, fmt="Native")
 
     def _change(self, table: str, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
         where = f"{local(table, self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else table
-        with self._client(changing=True) as client:
+        with self._database.client(changing=True) as client:
             client.command(statement.format(where, self._sql(which)), settings=settings)
 
     def _runs(self, connection: sa.Connection, source_ids: Sequence[int]) -> dict[int, int]:
@@ -309,109 +286,25 @@ class ClickHouseStats:
         return {row.id: row.run_id for row in connection.execute(query)}
 
     def _sql(self, element: sa.ClauseElement) -> str:
-        return str(element.compile(dialect=self._engine.dialect, compile_kwargs={"literal_binds": True}))
+        return str(element.compile(dialect=self._database.dialect, compile_kwargs={"literal_binds": True}))
 
     @property
     def backup_hint(self) -> str:
         """In words; `backup` says it."""
-        if self._folder:
+        if folder := self._database.folder:
             return (
-                f"statistics are not in it: they are in the folder {self._folder}, which is the collector's while it "
-                f"runs. Stop it and copy the folder, after this (`cp -a {self._folder} COPY`), and give the copy as "
+                f"statistics are not in it: they are in the folder {folder}, which is the collector's while it runs. "
+                f"Stop it and copy the folder, after this (`cp -a {folder} COPY`), and give the copy as "
                 "?stats=chdb:///COPY with the copied database"
             )
-        database = self._engine.url.database or "default"
+        database = self._database.url.database or "default"
         tables = ", ".join(f"TABLE {database}.{local(table, self.cluster)}" for table in (STATS, STATS_STEP))
         where = f" ON CLUSTER '{self.cluster}'" if self.cluster else ""
         return (
-            f"statistics are not in it: they are in {self._shown}. Copy them after this, with clickhouse-client: "
-            f"BACKUP {tables}{where} TO Disk('backups', 'fp8scope.zip'), where `backups` is a disk that the server's "
-            "configuration allows"
+            f"statistics are not in it: they are in {self._database.shown}. Copy them after this, with "
+            f"clickhouse-client: BACKUP {tables}{where} TO Disk('backups', 'fp8scope.zip'), where `backups` is a disk "
+            "that the server's configuration allows"
         )
-
-    @contextlib.contextmanager
-    def _client(self, *, changing: bool = False) -> Iterator[Any]:
-        """clickhouse-connect's client of a pooled connection; what ClickHouse says is wrong is a `StorageError`."""
-        with self._connection(changing) as connection:
-            try:
-                yield connection.connection.driver_connection.client  # type: ignore[union-attr]  # the dialect's
-            except (ClickHouseError, HTTPError) as error:
-                raise self._unavailable(error) from error
-            finally:
-                if not self._own and connection.engine is self._engine:
-                    connection.invalidate()  # a collector may want the folder
-
-    def _connection(self, changing: bool) -> sa.Connection:
-        """A connection of this process, or, where another has the chDB folder and nothing is changed, through that."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                engine = self._engine if self._own else self._reach(changing)
-                connection = engine.connect()
-                self._own = self._own or changing
-                return connection
-            except (ClickHouseError, sa.exc.DBAPIError, HTTPError, _HeldError) as error:
-                if self._own or not self._folder or time.monotonic() > deadline:
-                    raise self._unavailable(error) from error
-                if not _is_held(error):
-                    raise self._unavailable(error) from error
-                time.sleep(0.05)
-
-    def _reach(self, changing: bool) -> sa.Engine:
-        """Whose connections reach the chDB folder now.
-
-        Raises:
-            StorageError: a collector has it, and something is to be changed; or it is another user's.
-            _HeldError: a process has it that offers nothing, maybe not yet, or no longer.
-        """
-        assert self._folder
-        try:
-            if (pid := holder(self._folder)) in (None, os.getpid()):
-                return self._engine
-            offer = find(self._folder, int(pid or 0))
-        except PermissionError as error:
-            raise StorageError(
-                f"statistics in {self._shown} are another user's: {error.filename} cannot be read. Run this as the "
-                "user that runs the collector"
-            ) from None
-        if offer is None:
-            raise _HeldError(f"process {pid} has it")
-        if changing:
-            raise StorageError(
-                f"statistics in {self._shown} cannot be changed: a chDB folder belongs to one process at a time, and "
-                f"the collector in process {pid} has it. Stop it first; with `--retention` it prunes by itself"
-            )
-        with self._finding:
-            if self._through is None or self._through[0] != offer:
-                if self._through:
-                    self._through[1].dispose()
-                self._through = offer, _engine_through(offer)
-            return self._through[1]
-
-    def _unavailable(self, error: Exception) -> StorageError:
-        if _is_held(error):
-            return StorageError(
-                f"statistics in {self._shown} cannot be opened: a chDB folder belongs to one process at a time, and "
-                "one has it that lets no others read: a command that changes it, or a collector that starts or ends. "
-                "Try again"
-            )
-        return StorageError(f"statistics in {self._shown} cannot be used: {' '.join(str(error).split())}")
-
-
-class _HeldError(Exception):
-    """Another process has the chDB folder."""
-
-
-def _is_held(error: Exception) -> bool:
-    """Whether another process has the chDB folder; not this one another folder, of which chDB opens one at a time."""
-    text = str(error)
-    return isinstance(error, _HeldError) or ("EmbeddedServer" in text and "already initialized" not in text)
-
-
-def _engine_through(offer: Offer) -> sa.Engine:
-    """Connections to the process that made the offer; not through a proxy, whatever the environment says."""
-    url = sa.URL.create("clickhousedb", USER, offer.password, "127.0.0.1", offer.port, "default")
-    return sa.create_engine(url, connect_args={"pool_mgr": get_pool_manager()})
 
 
 def _together(spans: Sequence[Span], runs: Mapping[int, int]) -> Iterator[tuple[int, list[Span]]]:
@@ -489,17 +382,6 @@ def _beside(work: Callable[[], None], meanwhile: Callable[[], None] | None) -> N
         thread.join()
     if errors:
         raise errors[0]
-
-
-def _merge_when_idle() -> None:
-    """Gives chDB's merges, the threads of this process that are called so, what others leave of the processors.
-
-    They are a quarter of the work, and none of it is urgent; on Linux a thread has a priority of its own.
-    """
-    for thread in Path("/proc/self/task").glob("*"):
-        with contextlib.suppress(OSError):  # it ended, or this is another system
-            if (thread / "comm").read_text().strip() == "MergeMutate":
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), _MERGES_NICE)
 
 
 def _token(batches: Sequence[Batch]) -> str:
