@@ -27,7 +27,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fp8scope_collector.config import Address, ConfigError, TlsFiles
 from fp8scope_collector.options import bytes_text
 from fp8scope_collector.storage import schema, tokens
-from fp8scope_collector.storage.engine import display_url, newest_version, open_engine, stored_version
+from fp8scope_collector.storage.clickhouse_http import holder
+from fp8scope_collector.storage.engine import display_url, newest_version, open_engine, open_stats, stored_version
 from fp8scope_collector.storage.overview import recent_runs
 from fp8scope_collector.storage.stats_store import StorageError
 from fp8scope_collector.tls import Certificate, expires_unix_ns, first_pem
@@ -88,6 +89,7 @@ def examine(installation: Installation, *, now_unix_ns: int, deep: bool = False)
     if engine is not None:
         known = engine
         check("settings", lambda: _settings(known, deep=deep))
+        check("statistics", lambda: _statistics(known))
         check("clock", lambda: _clock(known, now_unix_ns))
         check("sources", lambda: _sources(known, now_unix_ns))
         check("tokens", lambda: _tokens(known, now_unix_ns))
@@ -132,19 +134,22 @@ def _files(url: str) -> Found:
             f"{wal.name} has {bytes_text(wal.stat().st_size)}: a reader that does not end keeps it from shrinking; "
             "restart the dashboard",
         )
-    usage = shutil.disk_usage(folder)
-    room = f"{bytes_text(usage.free)} of {bytes_text(usage.total)} are free below {str(folder)!r}"
-    if usage.free < LITTLE_BYTES:
-        yield "problem", f"{room}; `fp8scope prune` or `fp8scope delete` make room, or use a larger disk"
-    elif usage.free < usage.total // 10:
-        yield "warning", f"{room}; when it is full collectors wait, and agents fill their spools"
-    else:
-        yield "ok", room
+    yield _room(folder)
     if (kind := _file_system(folder)) in NETWORK_FILE_SYSTEMS:
         yield (
             "problem",
             f"{str(folder)!r} is on {kind}, where SQLite's locks do not hold; use a local disk or PostgreSQL",
         )
+
+
+def _room(folder: Path) -> tuple[Level, str]:
+    usage = shutil.disk_usage(folder)
+    room = f"{bytes_text(usage.free)} of {bytes_text(usage.total)} are free below {str(folder)!r}"
+    if usage.free < LITTLE_BYTES:
+        return "problem", f"{room}; `fp8scope prune` or `fp8scope delete` make room, or use a larger disk"
+    if usage.free < usage.total // 10:
+        return "warning", f"{room}; when it is full collectors wait, and agents fill their spools"
+    return "ok", room
 
 
 def _file_system(folder: Path) -> str:
@@ -225,6 +230,26 @@ def _postgresql_settings(connection: sa.Connection) -> Found:
     writing = "SELECT has_table_privilege('stats', 'INSERT')"
     if not connection.exec_driver_sql(writing).scalar_one():
         yield "problem", f"user {connection.engine.url.username!r} may not insert into stats; grant it, or use another"
+
+
+def _statistics(engine: sa.Engine) -> Found:
+    """Those that are in ClickHouse or chDB: whether they can be read, by asking for their size."""
+    if (url := engine.get_execution_options()["fp8scope_stats"]) is None:
+        return
+    store = open_stats(engine)
+    try:
+        size = bytes_text(store.size_bytes())
+    finally:
+        store.close()
+    parsed = sa.make_url(url)
+    found = f"statistics in {parsed.render_as_string(hide_password=True)} can be read ({size})"
+    if parsed.get_backend_name() != "chdb":
+        yield "ok", found
+        return
+    folder = Path(str(parsed.database)).absolute()
+    pid = holder(folder)
+    yield "ok", found + (f", through process {pid}, which has the folder" if pid else "; no process has the folder")
+    yield _room(folder)
 
 
 def _clock(engine: sa.Engine, now_unix_ns: int) -> Found:

@@ -267,18 +267,6 @@ def test_deleting_gives_the_space_back(chdb: Beside, wire: Any) -> None:
     assert chdb.sql("SELECT sum(rows) FROM system.parts WHERE active AND table LIKE 'stats%'") == [(0,)]
 
 
-def test_another_process_is_told_that_chdb_belongs_to_one_that_offers_nothing(chdb: Beside, wire: Any) -> None:
-    batch = decode_stats(wire.stats(1, wire.columns(1)), chdb.source, Limits())
-    StatsWriter(chdb.engine, chdb.store).commit([batch], now_unix_ns=1)
-    command = [sys.executable, "-m", "fp8scope_collector", "export", "run", "--db", chdb.url, "--out", "-"]
-
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-    assert said.returncode == 1
-    assert "a chDB folder belongs to one process at a time, and one has it that lets no others read" in said.stderr
-    assert "Traceback" not in said.stderr
-
-
 def test_a_copy_made_as_backup_says_has_every_row_and_metrics_know_the_size(
     start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any, run: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import http.client
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from fp8scope_collector.storage.clickhouse_http import OFFER, USER, Offer, find,
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
 from fp8scope_collector.storage.reader import Reader
-from fp8scope_collector.storage.stats_store import StorageError
+from fp8scope_collector.storage.stats_store import StatsStore, StorageError
 from fp8scope_collector.storage.writer import StatsWriter
 
 ENDLESS = "SELECT count() FROM numbers(1000000000000) WHERE sipHash64(number) = 1"
@@ -42,18 +43,24 @@ def url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def offer(url: str, tmp_path: Path) -> Iterator[Offer]:
-    """What this process, which has a folder, lets others have."""
+def store(url: str) -> Iterator[StatsStore]:
+    """One whose folder this process has, and lets others read."""
     engine = open_engine(url)
     migrate(engine)
     store = open_stats(engine)
     store.migrate()
     store.offer()
-    found = find(tmp_path / "stats", os.getpid())
-    assert found
-    yield found
+    yield store
     store.close()
     engine.dispose()
+
+
+@pytest.fixture
+def offer(store: StatsStore, tmp_path: Path) -> Offer:
+    """What others find in that folder."""
+    found = find(tmp_path / "stats", os.getpid())
+    assert found
+    return found
 
 
 def client(offer: Offer, password: str | None = None, **settings: Any) -> Any:
@@ -202,7 +209,13 @@ def test_of_too_many_queries_one_waits_and_is_told_and_each_ends_when_its_time_i
 
 
 def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
-    url: str, tmp_path: Path, start_collector: Callable[..., Any], connect: Callable[..., Any], wire: Any
+    url: str,
+    tmp_path: Path,
+    start_collector: Callable[..., Any],
+    connect: Callable[..., Any],
+    wire: Any,
+    run: Callable[..., Any],
+    free_port: Callable[[], int],
 ) -> None:
     collector, opening = start_collector(url), wire.open()
     stream = connect(collector.grpc, opening)
@@ -216,6 +229,9 @@ def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
 
         assert steps(reader) == [1], "the folder is nobody's, and was opened"
 
+        examined = run("doctor", "--db", url, "--grpc", f"127.0.0.1:{free_port()}", fails=True).stdout
+        assert re.search(r"ok: statistics in .*/stats can be read \(.* KiB\); no process has the folder\n", examined)
+        assert f"are free below '{tmp_path}/stats'" in examined
         assert holder(tmp_path / "stats") is None, "and closed, since a collector may want it"
         again = start_collector(url)
         stream = connect(again.grpc, opening)
@@ -245,6 +261,20 @@ def test_a_collector_ends_in_time_although_a_query_runs(
         assert isinstance(running.exception(timeout=10), ClickHouseError)
 
 
+def test_a_folder_is_let_go_although_a_reader_has_stopped_reading(
+    store: StatsStore, offer: Offer, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Its query is stopped, but the thread that answers waits for it to take what is there."""
+    monkeypatch.setattr(clickhouse_http, "DRAIN_S", 0.2)
+    stream = client(offer).raw_stream("SELECT number FROM numbers(1000000000000)", fmt="Native")
+    stream.read(1)
+    time.sleep(0.3)  # until nothing more fits between the two
+
+    store.close()
+
+    assert holder(tmp_path / "stats") is None
+
+
 def test_commands_that_read_do_and_those_that_change_say_that_the_collector_has_to_be_stopped(
     url: str,
     tmp_path: Path,
@@ -262,9 +292,13 @@ def test_commands_that_read_do_and_those_that_change_say_that_the_collector_has_
     run("export", "run", "--db", url, "--out", str(tmp_path / "run.csv"), "--format", "csv")
     run("migrate", "--db", url)
     run("backup", str(tmp_path / "copy.db"), "--db", url)
+    where = ["--grpc", collector.grpc, "--metrics", collector.http.removeprefix("http://")]
+    examined = run("doctor", "--db", url, *where).stdout
     deleting = run("delete", "run", "--db", url, fails=True).stderr
     assert len((tmp_path / "run.csv").read_text().splitlines()) == 1 + 240
 
+    assert re.search(rf"/stats can be read \(.* KiB\), through process {collector.process.pid}, which has", examined)
+    assert examined.endswith("nothing is wrong\n")
     said = f"the collector in process {collector.process.pid} has it. Stop it first"
     assert said in " ".join(deleting.split())
     with contextlib.closing(Reader(url)) as reader:

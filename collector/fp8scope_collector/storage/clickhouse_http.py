@@ -83,7 +83,7 @@ def holder(folder: Path) -> int | None:
             except BlockingIOError:
                 found = re.search(r"PID: (\d+)", file.read())
                 return int(found[1]) if found else 0
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     return None
 
@@ -255,7 +255,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def hang_up(self) -> None:
-        """Ends all connections, whatever their threads wait for."""
+        """Ends all connections, whatever their threads wait for: one whose client reads no further has the folder."""
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

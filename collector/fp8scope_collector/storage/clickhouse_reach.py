@@ -7,6 +7,7 @@ since a collector may want it, or else reads through the process that has it (`c
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from fp8scope_collector.storage.clickhouse_http import USER, Offer, find, holder
 from fp8scope_collector.storage.stats_store import StorageError
 
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
+_TRIES = 3  # in a row, of chDB to start while nobody has the folder: somebody may have had it for a moment
 _MERGES_NICE = 10
 
 
@@ -72,6 +74,7 @@ class Database:
     def _connection(self, changing: bool) -> sa.Connection:
         """A connection of this process, or, where another has the chDB folder and nothing is changed, through that."""
         deadline = time.monotonic() + PATIENCE_S
+        failed = 0  # in a row, while nobody had the folder
         while True:
             try:
                 engine = self._engine if self._own else self._reach(changing)
@@ -79,28 +82,32 @@ class Database:
                 self._own = self._own or changing
                 return connection
             except (ClickHouseError, sa.exc.DBAPIError, HTTPError, _HeldError) as error:
-                if self._own or not self.folder or time.monotonic() > deadline:
+                if self._own or not self.folder or not _is_shut(error):
                     raise self._unavailable(error) from error
-                if not _is_held(error):
-                    raise self._unavailable(error) from error
+                failed = failed + 1 if (pid := holder(self.folder)) is None else 0
+                if failed == _TRIES or time.monotonic() > deadline:
+                    raise self._shut(pid, error) from error
                 time.sleep(0.05)
 
     def _reach(self, changing: bool) -> sa.Engine:
         """Whose connections reach the chDB folder now.
 
         Raises:
-            StorageError: a collector has it, and something is to be changed; or it is another user's.
+            StorageError: a collector has it, and something is to be changed; it is another user's, or not there.
             _HeldError: a process has it that offers nothing, maybe not yet, or no longer.
         """
         assert self.folder
         try:
-            if (pid := holder(self.folder)) in (None, os.getpid()):
+            pid = holder(self.folder)
+            if pid is None:
+                self._check()
+            if pid in (None, os.getpid()):
                 return self._engine
-            offer = find(self.folder, int(pid or 0))
+            offer = find(self.folder, pid)
         except PermissionError as error:
             raise StorageError(
-                f"statistics in {self.shown} are another user's: {error.filename} cannot be read. Run this as the "
-                "user that runs the collector"
+                f"statistics in {self.shown} are another user's, and this one may not use {error.filename}. Run this "
+                "as the user that runs the collector"
             ) from None
         if offer is None:
             raise _HeldError(f"process {pid} has it")
@@ -116,14 +123,37 @@ class Database:
                 self._through = offer, _engine_through(offer)
             return self._through[1]
 
-    def _unavailable(self, error: Exception) -> StorageError:
-        if _is_held(error):
-            return StorageError(
-                f"statistics in {self.shown} cannot be opened: a chDB folder belongs to one process at a time, and "
-                "one has it that lets no others read: a command that changes it, or a collector that starts or ends. "
-                "Try again"
+    def _check(self) -> None:
+        """Sees that chDB may open the folder: it would make one that is not there, and gives no reason for a failure.
+
+        Raises:
+            StorageError: there is no such folder.
+            PermissionError: this user may not write to it, which chDB does even to read.
+        """
+        assert self.folder
+        if not self.folder.is_dir():
+            raise StorageError(
+                f"statistics in {self.shown} cannot be used: there is no folder {str(self.folder)!r}. `fp8scope serve` "
+                "makes it; if it has run, give the --db that it had: a relative path begins in the working directory"
             )
-        return StorageError(f"statistics in {self.shown} cannot be used: {' '.join(str(error).split())}")
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
+
+    def _shut(self, pid: int | None, error: Exception) -> StorageError:
+        """What there is to say when the chDB folder was not opened; process `pid` has it, or None."""
+        if pid is None:
+            return StorageError(
+                f"statistics in {self.shown} cannot be opened: no other process has the folder, but chDB does not "
+                f"start in it. It has written the reason to standard error, or says it here: {_first_words(error)}"
+            )
+        return StorageError(
+            f"statistics in {self.shown} cannot be opened: a chDB folder belongs to one process at a time, and process "
+            f"{pid} has it and lets no others read: a command that changes it, or a collector that starts or ends. Try "
+            "again"
+        )
+
+    def _unavailable(self, error: Exception) -> StorageError:
+        return StorageError(f"statistics in {self.shown} cannot be used: {_first_words(error)}")
 
 
 def merge_when_idle() -> None:
@@ -141,10 +171,18 @@ class _HeldError(Exception):
     """Another process has the chDB folder."""
 
 
-def _is_held(error: Exception) -> bool:
-    """Whether another process has the chDB folder; not this one another folder, of which chDB opens one at a time."""
+def _is_shut(error: Exception) -> bool:
+    """Whether the chDB folder was not opened, because another process has it or chDB does not start in it.
+
+    Not because this process has another folder open, of which chDB opens one at a time.
+    """
     text = str(error)
     return isinstance(error, _HeldError) or ("EmbeddedServer" in text and "already initialized" not in text)
+
+
+def _first_words(error: Exception) -> str:
+    """What an error says, on one line and without SQLAlchemy's frame and chDB's stack."""
+    return " ".join(str(getattr(error, "orig", error)).partition(", Stack trace")[0].split())
 
 
 def _engine_through(offer: Offer) -> sa.Engine:
