@@ -87,10 +87,10 @@ def test_a_process_that_has_the_folder_and_offers_nothing_is_named(
 @pytest.mark.parametrize("changing", [False, True])
 @pytest.mark.parametrize("closed", [OFFER, "status"])
 def test_a_folder_that_another_users_process_has_is_explained(folder: Path, closed: str, changing: bool) -> None:
-    (folder / closed).chmod(0)
-
-    with held(folder), no_more_rights_than_modes_give():
-        said = refused(folder, changing=changing)
+    with held(folder):
+        (folder / closed).chmod(0)
+        with no_more_rights_than_modes_give():
+            said = refused(folder, changing=changing)
 
     assert said == (
         f"statistics in chdb:///{folder} are another user's, and this one may not use {folder / closed}. "
