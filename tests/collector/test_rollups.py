@@ -17,10 +17,10 @@ from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import rolling, schema
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
-from fp8scope_collector.storage.rollups import merge_bins
+from fp8scope_collector.storage.rollups import Rollup, Segment, merge_bins, place
 from fp8scope_collector.storage.stats_store import Pace, StatsStore
 from fp8scope_collector.storage.writer import StatsWriter
-from rollup_reference import compare, stored
+from rollup_reference import compare, compare_slot, stored
 
 SLOTS = 5
 
@@ -210,3 +210,47 @@ def test_distributions_merge_alike_counted_and_sorted(octaves: int) -> None:
         for key, count in zip(part_keys.tolist(), part_counts.tolist(), strict=True):
             expected[key] += count
     assert list(zip(keys.tolist(), counts.tolist(), strict=True)) == sorted(expected.items())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rows_in_any_order_and_in_any_pieces_make_the_same_bucket(seed: int) -> None:
+    """With ties, zeros of both signs, infinities and NaN; of the same slots, of some of them, and of other columns."""
+    rng = random.Random(seed)
+    chosen = {
+        **dict.fromkeys(("amax", "sum_sq"), (math.nan, -math.nan, 0.0, -0.0, 1.0, 1.0, 2.0**-140)),
+        **dict.fromkeys(("scale_min", "scale_max", "err_sq"), (math.nan, -math.nan, 0.0, 1.0, 2.0, math.inf)),
+    }
+    segments, rows = [], []
+    for step, rank in rng.sample([(step, rank) for step in range(32, 40) for rank in range(4)], 20):
+        slots = [1, 2, 3] if rng.random() < 0.8 else sorted(rng.sample(range(SLOTS), rng.randrange(1, SLOTS)))
+        columns = {
+            field.name: np.array(rng.choices(chosen.get(field.name, (0, 0, 1, 1 << 40)), k=len(slots)), field.dtype)
+            for field in FIELDS
+            if rng.random() < 0.99
+        }
+        segments.append(Segment(rank, step, np.array(slots), columns))
+        for row, slot in enumerate(slots):
+            values = {name: column[row].item() for name, column in columns.items()}
+            known = {field.name: values.get(field.name, math.nan) for field in FIELDS}
+            known = {name: None if math.isnan(value) else value for name, value in known.items()}
+            rows.append({"step": step, "rank": rank, "slot": slot, **known})
+    rollup, other = Rollup(16), Rollup(16)
+
+    rollup.add(segments[:1])
+    rollup.add(segments[1:9])
+    other.add(segments[9:])
+    rollup.merge(other)
+
+    for slot in {row["slot"] for row in rows}:
+        compare_slot(rollup, slot, [row for row in rows if row["slot"] == slot], f"slot {slot}")
+
+
+def test_of_a_thousand_ranks_the_first_with_an_extreme_has_it() -> None:
+    amax = np.ones(1000, np.float32)
+    amax[[300, 700]], amax[[299, 999]] = 2, 0.5
+    rollup = Rollup(16)
+
+    rollup.add([Segment(rank, 5, np.arange(1), {"amax": amax[rank : rank + 1]}) for rank in range(999, -1, -1)])
+
+    assert (rollup.low[0, 0], rollup.high[0, 0]) == (0.5, 2)
+    assert [place(at[0, 0]) for at in (rollup.low_at, rollup.high_at)] == [(5, 299), (5, 300)]

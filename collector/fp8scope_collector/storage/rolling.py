@@ -25,11 +25,11 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from fp8core.records import FIELDS
-from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.messages import Batch
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.history import Span, lives_of
 from fp8scope_collector.storage.registry import Insert
-from fp8scope_collector.storage.rollups import LEVELS, Rollup, values_of
+from fp8scope_collector.storage.rollups import LEVELS, Rollup, Segment
 from fp8scope_collector.storage.stats_store import StatsStore
 
 FLUSH_S = 4.0
@@ -74,15 +74,6 @@ class _Pending:
     rows: int = 0
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Rows of one source at one step, ascending by slot."""
-
-    step: int
-    slot: npt.NDArray[np.int64]
-    columns: Mapping[str, npt.NDArray[np.generic]]
-
-
 @dataclass
 class Change:
     """What a transaction means for the memory, if it commits."""
@@ -90,7 +81,7 @@ class Change:
     flushed: list[Key] = field(default_factory=list)
     forgotten: set[Key] = field(default_factory=set)
     simple: dict[int, _Simple] = field(default_factory=dict)
-    segments: list[tuple[Source, list[_Segment]]] = field(default_factory=list)
+    segments: list[tuple[Key, list[Segment]]] = field(default_factory=list)
     behind: set[int] = field(default_factory=set)
 
 
@@ -105,7 +96,7 @@ class Rolling:
         self._part = part
         self._clock = clock
         self._pending: dict[Key, _Pending] = {}
-        self._unmerged: list[tuple[Key, int, list[_Segment]]] = []  # with the rank; counted in `_pending` already
+        self._unmerged: list[tuple[Key, list[Segment]]] = []  # counted in `_pending` already
         self._simple: dict[int, _Simple] = {}
         self._behind: set[int] = set()  # sources that `catch_up` has to look at
 
@@ -161,20 +152,18 @@ class Rolling:
                 self._behind.add(source_id)
             else:
                 self._simple[source_id] = simple
-        for source, segments in change.segments:
-            key = (source.run_id, source.incarnation)
+        for key, segments in change.segments:
             if key not in change.forgotten and segments:
                 pending = self._pending.setdefault(key, _Pending(self._clock()))
                 pending.rows += sum(len(segment.slot) for segment in segments)
-                self._unmerged.append((key, source.rank, segments))
+                self._unmerged.append((key, segments))
         self._behind |= change.behind
 
     def merge(self) -> None:
         """Merges into memory what was applied: most of the work, which may wait until the next change."""
         unmerged, self._unmerged = self._unmerged, []
-        for key, rank, segments in unmerged:
-            for segment in segments:
-                _add(self._pending[key].buckets, rank, segment)
+        for key, group in groupby(unmerged, key=lambda each: each[0]):
+            _merge(self._pending[key].buckets, [segment for _, segments in group for segment in segments])
 
     def catch_up(self, connection: sa.Connection, lock: Callable[[Iterable[int]], Mapping[int, Locked]]) -> bool:
         """Rolls up raw rows of one source that is behind, at most some; False when none was."""
@@ -190,14 +179,16 @@ class Rolling:
                 sa.select(source.run_id, source.incarnation, source.rank).where(source.id == source_id)
             ).one()
             span = Span(source_id, incarnation, row.rolled_step, row.last_step)
-            deltas: dict[int, Rollup] = {}
+            segments: list[Segment] = []
             rows, next_step = 0, row.last_step + 1
-            for segment in _segments_of(self._store.rows(connection, [span], _NAMES)):
+            for segment in _segments_of(rank, self._store.rows(connection, [span], _NAMES)):
                 if rows >= CATCH_UP_ROWS:
                     next_step = segment.step
                     break
-                _add(deltas, rank, segment)
+                segments.append(segment)
                 rows += len(segment.slot)
+            deltas: dict[int, Rollup] = {}
+            _merge(deltas, segments)
             self._write(connection, (run_id, incarnation), deltas)
             self._set_rolled(connection, {source_id: next_step})
             return True
@@ -237,7 +228,7 @@ class Rolling:
             newest = max(newest, last)
         if simple:
             change.simple[source.id] = _Simple(key, batches[-1].seq, rolled_step, newest)
-            change.segments.append((source, segments))
+            change.segments.append((key, segments))
         elif segments:
             change.behind.add(source.id)
 
@@ -324,8 +315,7 @@ class Rolling:
             for life in lives:
                 last = min((bucket + 1) * lowest, rolled[life.source_id]) - 1
                 span = Span(life.source_id, incarnation, bucket * lowest, last)
-                for segment in _segments_of(self._store.rows(connection, [span], _NAMES)):
-                    _add(deltas, life.rank, segment)
+                _merge(deltas, _segments_of(life.rank, self._store.rows(connection, [span], _NAMES)))
             full[(*key, lowest, bucket)] = deltas[bucket]
         self._replace(connection, full)
         for below, level in pairwise(LEVELS):
@@ -418,44 +408,45 @@ class Rolling:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK, key[0] % 2**31)))
 
 
-def _add(buckets: dict[int, Rollup], rank: int, segment: _Segment) -> None:
-    bucket, offset = divmod(segment.step, LEVELS[0])
-    if bucket not in buckets:
-        buckets[bucket] = Rollup(LEVELS[0])
-    values = values_of(segment.columns, len(segment.slot))
-    buckets[bucket].add(offset, rank, segment.slot, segment.columns, values)
+def _merge(buckets: dict[int, Rollup], segments: Iterable[Segment]) -> None:
+    """Adds segments to their buckets of level 16."""
+    by_bucket: dict[int, list[Segment]] = {}
+    for segment in segments:
+        by_bucket.setdefault(segment.step // LEVELS[0], []).append(segment)
+    for bucket, own in by_bucket.items():
+        buckets.setdefault(bucket, Rollup(LEVELS[0])).add(own)
 
 
 def _ascends(slot: npt.NDArray[np.int64]) -> bool:
     return bool((slot[1:] > slot[:-1]).all())
 
 
-def _sorted_segments(batch: Batch) -> Iterator[_Segment]:
+def _sorted_segments(batch: Batch) -> Iterator[Segment]:
     """The batch's rows, sorted by step and slot of the run, in pieces of one step; equal keys stay side by side."""
     step, slot, columns = batch.step, batch.source.run_slot[batch.slot], batch.columns
     if len(step) > 1 and not ((step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))).all():
         order = np.lexsort((slot, step))
         step, slot, columns = step[order], slot[order], {name: column[order] for name, column in columns.items()}
-    yield from _split(step, slot, columns)
+    yield from _split(batch.source.rank, step, slot, columns)
 
 
 def _split(
-    step: npt.NDArray[np.int64], slot: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[np.generic]]
-) -> Iterator[_Segment]:
+    rank: int, step: npt.NDArray[np.int64], slot: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[np.generic]]
+) -> Iterator[Segment]:
     if step[0] == step[-1]:
-        yield _Segment(int(step[0]), slot, columns)
+        yield Segment(rank, int(step[0]), slot, columns)
         return
     ends = [*(np.flatnonzero(np.diff(step)) + 1).tolist(), len(step)]
     for start, end in zip([0, *ends], ends, strict=False):
         part = {name: column[start:end] for name, column in columns.items()}
-        yield _Segment(int(step[start]), slot[start:end], part)
+        yield Segment(rank, int(step[start]), slot[start:end], part)
 
 
-def _segments_of(batches: Iterable[pa.RecordBatch]) -> Iterator[_Segment]:
+def _segments_of(rank: int, batches: Iterable[pa.RecordBatch]) -> Iterator[Segment]:
     """Stored rows, ordered by step and slot, in pieces of one step; a step may come in several."""
     for batch in batches:
         step, slot = (batch.column(name).to_numpy() for name in ("step", "slot"))
-        yield from _split(step, slot, {name: _numbers(batch.column(name)) for name in _NAMES})
+        yield from _split(rank, step, slot, {name: _numbers(batch.column(name)) for name in _NAMES})
 
 
 def _numbers(column: pa.Array) -> npt.NDArray[Any]:

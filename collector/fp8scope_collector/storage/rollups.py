@@ -12,7 +12,11 @@ scales lose none). NaN: no row had it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain, groupby
+from operator import or_
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,35 +36,28 @@ LARGEST_RANK = (1 << 20) - 1  # larger ones are shown as this one
 _FIRST_BIN = 600  # floor(4 * log2(2**-149)) + 600 = 4
 _BIN_BITS = 11
 _DENSE = 4  # counters for each value at most: counting is faster than sorting
+_AT_ONCE = 256  # segments: their number fits uint8
 _NOWHERE = np.uint32(0xFFFFFFFF)
-_WHERE = np.uint32(20)  # place: steps into the bucket << 20 | rank
+_STEP_BITS = 20  # place: steps into the bucket << 20 | rank
 
 Floats = npt.NDArray[np.float32]
 Columns = Mapping[str, npt.NDArray[Any]]
 Array = npt.NDArray[Any]
 
 
-def values_of(columns: Columns, rows: int) -> Floats:
-    """`VALUES` of each row, float32 [len(VALUES), rows]; a field that is not in `columns` is NaN."""
-    values = np.full((len(VALUES), rows), np.nan, np.float32)
-    at = {name: values[index] for index, name in enumerate(VALUES)}
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        for name, column in columns.items():
-            at[name][:] = column
-        if "amax" in columns and "scale_max" in columns:
-            peak = np.log2(at["amax"]) + np.log2(at["scale_max"])
-            at["peak_exp2"][:] = np.where(np.isneginf(peak), np.nan, peak)
-        if "numel" in columns:
-            elements = columns["numel"].astype(np.float64)
-            elements[elements == 0] = np.nan
-            for ratio in RATIOS:
-                if (count := columns.get(ratio.removesuffix("_ratio"))) is not None:
-                    at[ratio][:] = count / elements
-        if "err_sq" in columns and "sum_sq" in columns:
-            signal = columns["sum_sq"].astype(np.float64)
-            signal[signal == 0] = np.nan
-            at["sqnr_db"][:] = -10 * np.log10(columns["err_sq"] / signal)
-    return values
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one rank at one step, ascending by slot, each slot once."""
+
+    rank: int
+    step: int
+    slot: npt.NDArray[np.int64]
+    columns: Columns
+
+    @property
+    def place(self) -> int:
+        """Where in its bucket of level 16 it is."""
+        return self.step % LEVELS[0] << _STEP_BITS | min(self.rank, LARGEST_RANK)
 
 
 class Rollup:
@@ -81,6 +78,7 @@ class Rollup:
         self.counts = np.zeros((len(COUNTS), slots), np.int64)
         self.sums = np.zeros((len(SUMS), slots))
         self._bins: list[tuple[Array, Array]] = []  # sorted (slot << 11 | bin) and how often
+        self._keys: list[Array] = []  # the same of single rows, in any order
 
     @property
     def slots(self) -> int:
@@ -90,38 +88,37 @@ class Rollup:
     @property
     def nbytes(self) -> int:
         """Memory of the arrays."""
-        return 310 * self.slots + sum(keys.nbytes + counts.nbytes for keys, counts in self._bins)
+        return 310 * self.slots + sum(array.nbytes for array in (*chain(*self._bins), *self._keys))
 
-    def add(self, offset: int, rank: int, slot: npt.NDArray[np.int64], columns: Columns, values: Floats) -> None:
-        """Adds rows of one rank at one step, `offset` steps into this bucket of level 16; no slot comes twice.
+    def add(self, segments: Iterable[Segment]) -> None:
+        """Adds rows of this bucket, which is of level 16; those of the same slots, one after the other, cost little."""
+        for _, group in groupby(segments, _shape):
+            alike = list(group)
+            for begin in range(0, len(alike), _AT_ONCE):
+                self._add_alike(alike[begin : begin + _AT_ONCE])
 
-        `slot` ascends; `values` is what `values_of(columns)` says.
-        """
+    def _add_alike(self, segments: Sequence[Segment]) -> None:
+        """Adds rows of the same slots, with the same columns."""
+        slot, columns = segments[0].slot, segments[0].columns
+        offsets = [segment.step % LEVELS[0] for segment in segments]
         self._grow(int(slot[-1]) + 1)
-        whole = int(slot[-1]) - int(slot[0]) + 1 == len(slot)
-        where: Any = slice(int(slot[0]), int(slot[-1]) + 1) if whole else slot
-        place = np.uint32(offset << 20 | min(rank, LARGEST_RANK))
-        self.rows[where] += 1
-        self.steps[where] |= np.uint16(1 << offset)
-        self.first[where] = np.minimum(self.first[where], np.uint16(offset))
-        self.last[where] = np.maximum(self.last[where], np.uint16(offset))
-        self._extend(where, values, values, place, place)
-        for index, name in enumerate(COUNTS):
-            if name in columns:
-                self.counts[index, where] += _known(columns[name]).astype(np.int64, copy=False)
-        for index, name in enumerate(SUMS):
-            if name in columns:
-                self.sums[index, where] += _known(columns[name])
-        amax = values[0]
-        there = amax > 0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            octave = np.log2(amax)
-        if not there.all():
-            slot, octave, there = slot[there], octave[there], there[there]
-        finite = np.isfinite(octave)
-        bins = np.floor(octave[finite] * BINS_PER_OCTAVE).astype(np.int64) + _FIRST_BIN
-        keys = slot[finite] << _BIN_BITS | bins
-        self._bins.append((keys, np.ones(len(keys), np.int64)))
+        where: Any = slice(int(slot[0]), int(slot[-1]) + 1) if _is_whole(slot) else slot
+        self.rows[where] += len(segments)
+        self.steps[where] |= np.uint16(reduce(or_, (1 << offset for offset in offsets)))
+        self.first[where] = np.minimum(self.first[where], np.uint16(min(offsets)))
+        self.last[where] = np.maximum(self.last[where], np.uint16(max(offsets)))
+        for names, arrays in ((COUNTS, self.counts), (SUMS, self.sums)):
+            for name, own in zip(names, arrays, strict=True):
+                if name in columns:
+                    own[where] = _total(own[where], [segment.columns[name] for segment in segments])
+        *extremes, octaves = _extremes(sorted(segments, key=lambda segment: segment.place))
+        self._extend(where, *extremes)
+        known = np.isfinite(octaves)
+        octaves *= BINS_PER_OCTAVE
+        with np.errstate(invalid="ignore"):
+            keys = np.floor(octaves, out=octaves).astype(np.int64)
+        keys += (slot << _BIN_BITS) + _FIRST_BIN
+        self._keys.append(keys.ravel() if known.all() else keys[known])
 
     def merge(self, other: Rollup, shift: int = 0, new_steps: Array | None = None) -> None:
         """Adds what `other` holds, whose bucket begins `shift` steps into this one.
@@ -141,7 +138,8 @@ class Rollup:
         self.first[where] = np.where(there, np.minimum(self.first[where], other.first + move), self.first[where])
         self.last[where] = np.where(there, np.maximum(self.last[where], other.last + move), self.last[where])
         low_at, high_at = (
-            np.where(at == _NOWHERE, _NOWHERE, at + np.uint32(shift << 20)) for at in (other.low_at, other.high_at)
+            np.where(at == _NOWHERE, _NOWHERE, at + np.uint32(shift << _STEP_BITS))
+            for at in (other.low_at, other.high_at)
         )
         self._extend(where, other.low, other.high, low_at, high_at)
         self.counts[:, where] += other.counts
@@ -151,28 +149,27 @@ class Rollup:
     def _extend(self, where: Any, low: Floats, high: Floats, low_at: Any, high_at: Any) -> None:
         """Takes over what is more extreme; of equal ones the earlier step, then the lower rank."""
         placed = len(PLACED)
-        for less, values, news, places, at in (
-            (np.less, self.low, low, self.low_at, low_at),
-            (np.greater, self.high, high, self.high_at, high_at),
+        known = ~np.isnan(low)
+        for values, news, places, at, holds in (
+            (self.low, low, self.low_at, low_at, np.less_equal),
+            (self.high, high, self.high_at, high_at, np.greater_equal),
         ):
-            old, old_at = values[:, where], places[:, where]
-            taken = less(news, old)
-            taken |= np.isnan(old) & ~np.isnan(news)
-            same = (news[:placed] == old[:placed]) & (at < old_at)
-            if isinstance(where, slice):  # `old` and `old_at` are the arrays themselves
-                np.copyto(old, news, where=taken)
-                np.copyto(old_at, at, where=taken[:placed] | same)
-            else:
-                values[:, where] = np.where(taken, news, old)
-                places[:, where] = np.where(taken[:placed] | same, at, old_at)
+            old, old_at = values[:, where], places[:, where]  # the arrays themselves where `where` is a slice
+            taken = ~holds(old, news)
+            taken &= known
+            np.copyto(old_at, at, where=taken[:placed] | (news[:placed] == old[:placed]) & (at < old_at))
+            np.copyto(old, news, where=taken)
+            if not isinstance(where, slice):
+                values[:, where], places[:, where] = old, old_at
 
     def _grow(self, slots: int) -> None:
-        missing = slots - self.slots
-        if missing <= 0:
+        known = self.slots
+        if slots <= known:
             return
-        more = Rollup(self.level, missing)
+        more = Rollup(self.level, slots - known)
         for name in _ARRAYS:
-            setattr(self, name, np.concatenate([getattr(self, name), getattr(more, name)], axis=-1))
+            array = getattr(more, name)
+            setattr(self, name, np.concatenate([getattr(self, name), array], axis=-1) if known else array)
 
     def bins(self) -> tuple[Array, Array, Array]:
         """The distribution of log2(amax): slot, lower edge of the bin in powers of two, and how many rows."""
@@ -180,6 +177,9 @@ class Rollup:
         return keys >> _BIN_BITS, _octave(keys), counts
 
     def _merged_bins(self) -> tuple[Array, Array]:
+        if self._keys:
+            self._bins.append(_counted(np.concatenate(self._keys)))
+            self._keys = []
         if len(self._bins) > 1:
             self._bins = [merge_bins(self._bins)]
         return self._bins[0] if self._bins else (np.empty(0, np.int64), np.empty(0, np.int64))
@@ -232,9 +232,77 @@ Rollup.NAMES = (
 _ARRAYS = ("rows", "steps", "first", "last", "low", "high", "low_at", "high_at", "counts", "sums")
 
 
-def _known(column: Array) -> Array:
-    """The column with 0 in the place of NaN."""
-    return np.where(np.isnan(column), 0, column) if column.dtype.kind == "f" else column
+def _is_whole(slot: npt.NDArray[np.int64]) -> bool:
+    return int(slot[-1]) - int(slot[0]) + 1 == len(slot)
+
+
+def _shape(segment: Segment) -> tuple[object, ...]:
+    """The same for two segments if they have the same slots and columns."""
+    slot = segment.slot
+    return (int(slot[0]), len(slot), b"" if _is_whole(slot) else slot.tobytes(), *segment.columns)
+
+
+def _total(own: Array, columns: Sequence[Array]) -> Array:
+    """`own` and the columns, added in this order; NaN counts as 0."""
+    total: Array = sum(columns, start=own)
+    if total.dtype.kind == "i" or (own.dtype.kind == "f" and not np.isnan(total).any()):
+        return total
+    known = (np.where(np.isnan(column), 0, column).astype(own.dtype, copy=False) for column in columns)
+    return sum(known, start=own)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def _extremes(segments: Sequence[Segment]) -> tuple[Floats, Floats, Array, Array, Floats]:
+    """The smallest and the largest of each of `VALUES` in segments of the same slots, ascending by place.
+
+    And the first places of both of `PLACED`, which say nothing where no value is known; and log2(amax) of all rows,
+    float32 [segments, slots].
+    """
+    length, slots, placed = len(segments), len(segments[0].slot), len(PLACED)
+    places = np.array([segment.place for segment in segments], np.uint32)
+    octaves = np.full((length, slots), np.nan, np.float32)
+    low = np.full((len(VALUES), slots), np.nan, np.float32)
+    _fill(dict(zip(VALUES, low, strict=True)), octaves[0], segments[0].columns)
+    if length == 1:
+        return low, low, places, places, octaves
+    high, values = low.copy(), np.full_like(low, np.nan)
+    at = dict(zip(VALUES, values, strict=True))
+    since = np.zeros((2, placed, slots), np.uint8)  # segments since the first of the most extreme
+    unknown, kept = np.empty((2, placed, slots), bool)
+    for segment, octave in zip(segments[1:], octaves[1:], strict=True):
+        _fill(at, octave, segment.columns)
+        np.isnan(values[:placed], out=unknown)
+        since += 1
+        for most, ages, holds, extreme in (
+            (low, since[0], np.less_equal, np.fmin),
+            (high, since[1], np.greater_equal, np.fmax),
+        ):
+            holds(most[:placed], values[:placed], out=kept)
+            np.logical_or(kept, unknown, out=kept)
+            np.multiply(ages, kept.view(np.uint8), out=ages)
+            extreme(most, values, out=most)
+    low_at, high_at = places[length - 1 - since]
+    return low, high, low_at, high_at, octaves
+
+
+def _fill(at: Mapping[str, Floats], octave: Floats, columns: Columns) -> None:
+    """Writes `VALUES` of each row, and log2(amax), except of fields that are not in `columns`."""
+    for name, column in columns.items():
+        at[name][:] = column
+    if "amax" in columns:
+        np.log2(at["amax"], out=octave)
+        if "scale_max" in columns:
+            peak = np.log2(at["scale_max"], out=at["peak_exp2"])
+            peak += octave
+            peak[peak == -np.inf] = np.nan
+    if "numel" in columns:
+        elements = columns["numel"] / (columns["numel"] != 0)  # 0 becomes NaN
+        for ratio in RATIOS:
+            if (count := columns.get(ratio.removesuffix("_ratio"))) is not None:
+                np.divide(count, elements, out=at[ratio], casting="same_kind")
+    if "err_sq" in columns and "sum_sq" in columns:
+        noise = columns["err_sq"] / (columns["sum_sq"] / (columns["sum_sq"] != 0))
+        np.multiply(np.log10(noise, out=noise), -10, out=at["sqnr_db"], casting="same_kind")
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -246,27 +314,36 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 def place(at: Array) -> tuple[Array, Array]:
     """Steps into the bucket and rank, of places as they are stored."""
-    return (at >> _WHERE).astype(np.int64), (at & np.uint32(LARGEST_RANK)).astype(np.int64)
+    return (at >> np.uint32(_STEP_BITS)).astype(np.int64), (at & np.uint32(LARGEST_RANK)).astype(np.int64)
 
 
 def merge_bins(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Several distributions as one."""
     keys, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return _counted(keys, counts)
+
+
+def _counted(keys: Array, counts: Array | None = None) -> tuple[Array, Array]:
+    """Distinct keys, ascending, and how often they come: each as often as `counts` says, or once."""
     if not len(keys):
-        return keys, counts
+        return keys, np.empty(0, np.int64)
     slot, bins = keys >> _BIN_BITS, keys & ((1 << _BIN_BITS) - 1)
     first = bins.min()
     width = bins.max() - first + 1
     if (slot.max() + 1) * width <= _DENSE * len(keys):
-        bins += slot * width - first
-        sums = np.bincount(bins, counts).astype(np.int64)  # exact: of fewer than 2**53 rows
+        slot *= width
+        slot += bins
+        slot -= first
+        sums = np.bincount(slot, counts).astype(np.int64, copy=False)  # exact: of fewer than 2**53 rows
         found = np.flatnonzero(sums)
-        slot, bins = np.divmod(found, width)
-        return slot << _BIN_BITS | (bins + first), sums[found]
+        slot = found // width
+        return (slot << _BIN_BITS) + (found - slot * width + first), sums[found]
     order = np.argsort(keys, kind="stable")
-    keys, counts = keys[order], counts[order]
+    keys = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return keys[starts], np.add.reduceat(counts, starts)
+    if counts is None:
+        return keys[starts], np.diff(starts, append=len(keys))
+    return keys[starts], np.add.reduceat(counts[order], starts)
 
 
 def pack_bins(keys: Array, counts: Array) -> bytes:
