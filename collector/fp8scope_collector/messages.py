@@ -114,6 +114,11 @@ class Source:
     role: npt.NDArray[np.int8]  # as in its catalogue
     log2_max: npt.NDArray[np.float64]
 
+    @functools.cached_property
+    def roles(self) -> frozenset[int]:
+        """Indices into tuple(Role) of the roles that its slots have."""
+        return frozenset(np.unique(self.role).tolist())
+
 
 @dataclass(frozen=True)
 class Ending:

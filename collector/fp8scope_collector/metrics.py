@@ -152,7 +152,7 @@ class Metrics(Collector):
 
     def _totals_of(self, source: Source) -> _RunTotals:
         totals = self._totals.setdefault(source.run_id, _RunTotals(source.run))
-        totals.roles.update(np.unique(source.role).tolist())
+        totals.roles.update(source.roles)
         self._totals.move_to_end(source.run_id)
         if len(self._totals) > MAX_RUNS:
             self._totals.popitem(last=False)
@@ -270,12 +270,13 @@ class Metrics(Collector):
 
 
 def _sums(batch: Batch) -> npt.NDArray[np.float64]:
-    """Sums of COUNTED over the batch, by role: float64 [len(COUNTED), len(ROLES)]."""
-    role = batch.source.role[batch.slot]
-    sums = np.zeros((len(COUNTED), len(ROLES)))
-    for index, name in enumerate(COUNTED):
+    """Sums of COUNTED over the batch, by role: float64 [len(COUNTED), len(ROLES)], exact below 2**53."""
+    counts = np.zeros((len(COUNTED), batch.rows))
+    for own, name in zip(counts, COUNTED, strict=True):
         if name in batch.columns:
-            sums[index] = np.bincount(role, weights=batch.columns[name], minlength=len(ROLES))
+            own[:] = batch.columns[name]
+    has_role = batch.source.role[batch.slot] == np.arange(len(ROLES), dtype=np.int8)[:, np.newaxis]
+    sums: npt.NDArray[np.float64] = counts @ has_role.astype(np.float64).T
     return sums
 
 
@@ -294,15 +295,17 @@ def _merge_newest(totals: _RunTotals, batch: Batch) -> None:
 
 def _worst_by_role(batch: Batch, step: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The largest overflow ratio and the lowest headroom among the rows of `step`, [len(ROLES)] each, else NaN."""
-    rows = np.flatnonzero(batch.step == step)
-    role = batch.source.role[batch.slot[rows]]
+    of_step = batch.step == step
+    rows = slice(None) if of_step.all() else of_step
+    slot = batch.slot[rows]
     needed = ("overflow", "numel", "amax", "scale_max")
     column = {name: batch.columns[name][rows].astype(np.float64) for name in needed if name in batch.columns}
-    absent = np.full(len(rows), np.nan)
+    absent = np.full(len(slot), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = column.get("overflow", absent) / column.get("numel", absent)
         scaled = column.get("amax", absent) * column.get("scale_max", absent)
-        headroom = batch.source.log2_max[batch.slot[rows]] - np.log2(np.where(scaled > 0, scaled, np.nan))
+        headroom = batch.source.log2_max[slot] - np.log2(scaled)
+    role = batch.source.role[slot]
     worst = np.full((2, len(ROLES)), np.nan)
     np.fmax.at(worst[0], role, ratio)
     np.fmin.at(worst[1], role, np.where(np.isfinite(headroom), headroom, np.nan))

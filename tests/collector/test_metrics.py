@@ -94,6 +94,16 @@ def test_worst_values_are_of_the_newest_step(wire: Any) -> None:
     assert _worst(metrics) == (0.05, pytest.approx(math.log2(448) - math.log2(7 * 2)))
 
 
+def test_of_a_batch_with_two_steps_the_newer_has_the_worst_values(wire: Any) -> None:
+    metrics = Metrics("0")
+    older = _two_layers(wire, step=8, overflow=(90, 0), amax=(448, 1))
+    newer = _two_layers(wire, step=9, overflow=(5, 2), amax=(0.5, 7))
+
+    metrics.observe_rows(_batch(wire, {name: np.concatenate([older[name], newer[name]]) for name in newer}))
+
+    assert _worst(metrics) == (0.05, pytest.approx(math.log2(448) - math.log2(7 * 2)))
+
+
 def test_parts_of_one_step_and_ranks_are_merged_to_the_worst(wire: Any) -> None:
     metrics = Metrics("0")
 
