@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 import ingest
 from fp8core.records import FIELDS, Role
+from fp8scope_agent.encode import ZSTD_LEVEL
 from fp8scope_collector.diagnosis.engine import Episodes, diagnose
 from fp8scope_collector.diagnosis.live import Watcher
 from fp8scope_collector.diagnosis.window import FIELDS_READ, ScalarSeries, Window, cut, follow, tail
@@ -238,7 +239,7 @@ def pace(steps_per_s: int, seconds: float = 12.0) -> float:
         for slot in opening.slots:
             slot.recipe = window.slots[slot.slot].recipe
         yield pb.ClientMessage(open=opening)
-        compressor, started = zstandard.ZstdCompressor(level=1), time.monotonic()
+        compressor, started = zstandard.ZstdCompressor(level=ZSTD_LEVEL), time.monotonic()
         for step in range(window.steps.size):
             time.sleep(max(0.0, started + step / steps_per_s - time.monotonic()))
             columns = {name: window[name][0, step].astype(TYPES[name]) for name in window.fields}

@@ -1,8 +1,8 @@
 """How many rows a second a collector acknowledges: real gRPC, client processes, each database with full durability.
 
-Each stream has a connection of its own and sends batches of one step of 560 layers (1,680 rows), zstd level 1, as
-agents do: at most `window` of them unacknowledged, and each in its turn, as the collector says. Clients, server and
-database share the machine's cores. Agents would be on other machines, so a client is one event loop for all its
+Each stream has a connection of its own and sends batches of one step of 560 layers (1,680 rows), compressed as agents
+do: at most `window` of them unacknowledged, and each in its turn, as the collector says. Clients, server and database
+share the machine's cores. Agents would be on other machines, so a client is one event loop for all its
 streams, and streams of one kind send the same bytes, made once: 512 with threads cost more than the collector did.
 Latency is from before a batch is handed to gRPC until its acknowledgement is read. A saturated stream also waits for
 its turn, with nothing sent; how often one comes is what the rate leaves to each stream.
@@ -40,6 +40,7 @@ import zstandard
 
 from engines import ENGINES, database
 from fp8core.records import FIELDS
+from fp8scope_agent.encode import ZSTD_LEVEL
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from ingest_peers import compared
@@ -205,7 +206,7 @@ class Messages:
 
     def __init__(self) -> None:
         self._columns = [first_columns(kind) for kind in range(KINDS)]
-        self._compressor = zstandard.ZstdCompressor(level=1)
+        self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
         self._made: dict[tuple[int, int], bytes] = {}
 
     def of(self, stream: int, seq: int) -> bytes:
