@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import signal
 import sys
@@ -52,6 +53,7 @@ from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 STREAMS_END_S = 2.5  # from a signal until streams are cut
 ALIVE_S = 0.5  # how often a stream that waits for the database hears that somebody is there
 IN_LINE_S = 1.5  # and one that has nothing under way and waits for its turn: there may be hundreds
+M_ARENA_MAX = -8  # of glibc's malloc.h
 SWITCH_S = 0.0005  # for Python's 5 ms the writer waited for the interpreter after each array, while streams decoded
 WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
@@ -68,6 +70,8 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         ConfigError: an address is taken, or the certificate cannot be used.
     """
     sys.setswitchinterval(SWITCH_S)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # threads free what others made: heaps of their own kept 170 MiB
     certificate = Certificate(config.tls) if config.tls else None
     with contextlib.ExitStack() as closing:
         engine = open_engine(config.db)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
+from fp8scope_collector.storage.clickhouse_block import rows_of
 from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns, tune
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span, int_div
@@ -80,32 +83,80 @@ def test_a_group_is_one_part_and_its_token_a_second_time_changes_nothing(chdb: B
     for _ in range(2):
         chdb.write(*group)
         chdb.store._written.clear()  # as another collector would: it knows nothing
-    parts = "SELECT rows FROM system.parts WHERE active AND table = 'stats'"
-    assert chdb.sql(parts) == [(18,)]
+    parts = "SELECT rows FROM system.parts WHERE active AND table = 'stats_by_step'"
+    assert chdb.sql(parts) == [(3,)]
 
     chdb.store._look_up = lambda client, batches: [  # type: ignore[method-assign]  # nor does it look
         chdb.store._written.setdefault(batch.source, 0) for batch in batches
     ]
     chdb.write(*group)
-    assert chdb.sql(parts) == [(18,)]
+    assert chdb.sql(parts) == [(3,)]
 
 
-def test_rows_come_in_the_order_of_the_table(chdb: Beside, wire: Any) -> None:
-    other = dataclasses.replace(chdb.source, id=chdb.source.id + 1)
-    steps = {chdb.source: (255, 256, 300), other: (255, 256, 255)}  # two blocks of steps, and a source that goes back
+def test_what_comes_in_order_is_not_sorted_again(chdb: Beside, wire: Any) -> None:
+    earlier = dataclasses.replace(chdb.source, id=chdb.source.id + 1, run_id=chdb.source.run_id - 1)
     batches = [
         decode_stats(wire.stats(seq, wire.columns(step)), source, Limits())
-        for source, own in steps.items()
-        for seq, step in enumerate(own, 1)
+        for source in (chdb.source, earlier)
+        for seq, step in enumerate((255, 256, 300), 1)
     ]
     counter = "SELECT sum(value) FROM system.events WHERE event = 'MergeTreeDataWriterBlocksAlreadySorted'"
     before = chdb.sql(counter)[0][0]
 
     chdb.write(*batches)
 
-    assert chdb.sql(counter)[0][0] == before + 2  # of `stats` and of `stats_step`
-    assert chdb.sql("SELECT count() FROM stats FINAL") == [(5 * 6,)]
-    assert chdb.sql(f"SELECT DISTINCT seq FROM stats FINAL WHERE source_id = {other.id} AND step = 255") == [(3,)]
+    assert chdb.sql(counter)[0][0] == before + 1
+    assert chdb.sql("SELECT count() FROM stats") == [(36,)]
+
+
+def test_the_view_has_a_row_for_each_tensor_as_the_reader_has(chdb: Beside, wire: Any) -> None:
+    columns = wire.columns(4, steps=2)
+    columns["err_sq"][3] = np.nan
+    backwards = {name: column[::-1].copy() for name, column in columns.items()}
+    chdb.write(decode_stats(wire.stats(1, backwards), chdb.source, Limits()))
+
+    names = ["source_id", "step", "slot", *(field.name for field in FIELDS)]
+    with chdb.engine.connect() as connection:
+        span = Span(chdb.source.id, 1, FIRST_STEP, LAST_STEP)
+        rows = pa.Table.from_batches(chdb.store.rows(connection, [span], names[3:]))
+    found = chdb.sql(f"SELECT {', '.join(names)} FROM stats ORDER BY step, slot")
+    assert found == [tuple(row[name] for name in names) for row in rows.to_pylist()]
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])  # rows at a time
+def test_rows_are_the_same_wherever_blocks_are_cut(most: int) -> None:
+    lists = [  # of a (source, step), batch after batch: slots, and amax, which is absent in one
+        (8, 3, [0, 1, 2, 5], [1.0, 2.0, 3.0, 4.0]),
+        (8, 4, [1, 2], [5.0, 6.0]),
+        (8, 4, [0, 2, 3], [7.0, np.nan, 8.0]),
+        (8, 4, [3], [9.0]),
+        (2, 4, [1, 2], []),
+        (2, 4, [2], [10.0]),
+        (2, 5, [], []),
+        (2, 6, [7], [11.0]),
+    ]
+    schema = pa.schema(
+        [
+            ("source_id", pa.int64()),
+            ("step", pa.int64()),
+            ("slot", pa.list_(pa.int32())),
+            ("amax", pa.list_(pa.float32())),
+        ]
+    )
+    whole = pa.RecordBatch.from_arrays([pa.array(column) for column in zip(*lists, strict=True)], schema=schema)
+    expected = [
+        (8, 3, 0, 1.0), (8, 3, 1, 2.0), (8, 3, 2, 3.0), (8, 3, 5, 4.0),
+        (8, 4, 0, 7.0), (8, 4, 1, 5.0), (8, 4, 2, None), (8, 4, 3, 9.0),
+        (2, 4, 1, None), (2, 4, 2, 10.0), (2, 6, 7, 11.0),
+    ]  # fmt: skip
+
+    for cuts in itertools.product([False, True], repeat=len(lists) - 1):
+        ends = [place for place, cut in enumerate(cuts, 1) if cut]
+        blocks = [whole.slice(start, end - start) for start, end in pairwise([0, *ends, len(lists)])]
+        batches = list(rows_of(blocks, ["amax"], most))
+        assert [tuple(row.values()) for batch in batches for row in batch.to_pylist()] == expected, cuts
+        assert max(batch.num_rows for batch in batches) <= most
 
 
 def test_of_absent_and_present_columns_in_one_group_only_absent_ones_are_null(chdb: Beside, wire: Any) -> None:
@@ -115,18 +166,18 @@ def test_of_absent_and_present_columns_in_one_group_only_absent_ones_are_null(ch
     chdb.write(whole, partial)
 
     names = ", ".join(f"countIf({field.name} IS NULL)" for field in FIELDS)
-    (first,), (second,) = (chdb.sql(f"SELECT {names} FROM stats FINAL WHERE seq = {seq}") for seq in (1, 2))
+    (first,), (second,) = (chdb.sql(f"SELECT {names} FROM stats WHERE seq = {seq}") for seq in (1, 2))
     assert first == tuple(int(np.isnan(whole.columns[field.name]).sum()) for field in FIELDS)
     assert second == tuple(0 if field.name == "amax" else 6 for field in FIELDS)
 
 
 def test_tables_are_tuned_where_the_server_knows_the_setting(chdb: Beside) -> None:
-    (made,) = chdb.sql("SELECT create_table_query FROM system.tables WHERE name = 'stats'")
+    (made,) = chdb.sql("SELECT create_table_query FROM system.tables WHERE name = 'stats_by_step'")
 
     assert "auto_statistics_types = ''" in made[0]
     assert "merge_selector_base = 20" in made[0]
-    assert tune("stats", None, ["merge_selector_base"]) == ["ALTER TABLE stats MODIFY SETTING merge_selector_base = 20"]
-    assert tune("stats", "gpus", []) == []
+    assert tune(None, ["merge_selector_base"]) == ["ALTER TABLE stats_by_step MODIFY SETTING merge_selector_base = 20"]
+    assert tune("gpus", []) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
@@ -150,7 +201,8 @@ def test_what_two_collectors_wrote_twice_is_read_once(chdb: Beside, wire: Any) -
     chdb.store._written.clear()
     chdb.write(batches[1])
 
-    assert chdb.sql("SELECT count() FROM stats") == [(18,)]
+    assert chdb.sql("SELECT count() FROM stats_by_step") == [(3,)]
+    assert chdb.sql("SELECT count() FROM stats") == [(12,)]
     assert chdb.amax() == once
     assert len(once) == 12
 
@@ -162,7 +214,7 @@ def test_a_batch_whose_rows_a_later_one_replaced_is_still_known(chdb: Beside, wi
 
     chdb.write(first)
 
-    assert chdb.sql("SELECT min(seq), max(seq) FROM stats FINAL") == [(2, 2)]
+    assert chdb.sql("SELECT groupArray(seq) FROM (SELECT seq FROM stats_by_step ORDER BY seq)") == [([1, 2],)]
 
 
 @pytest.mark.parametrize("stored", [False, True])  # when it fails
@@ -171,14 +223,14 @@ def test_an_insert_that_fails_while_the_next_group_is_laid_out_loses_and_doubles
 ) -> None:
     writer = StatsWriter(chdb.engine, chdb.store)
     groups = [_batches(chdb, wire, seqs) for seqs in ((1, 2), (3, 4), (5, 6))]
-    insert, failures = chdb.store._insert, ["stats", "stats_step", "stats"]
+    insert, failures = chdb.store._insert, [True, False, True]
     laid_out = threading.Event()
 
-    def fails(client: Any, table: str, block: Any, token: str) -> None:
+    def fails(client: Any, block: Any, token: str) -> None:
         laid_out.wait(10)
-        fail = bool(failures) and failures[0] == table and failures.pop(0)
+        fail = bool(failures) and failures.pop(0)
         if stored or not fail:
-            insert(client, table, block, token)
+            insert(client, block, token)
         if fail:
             raise StorageError("gone")
 
@@ -203,7 +255,7 @@ def test_an_insert_that_fails_while_the_next_group_is_laid_out_loses_and_doubles
     expected = [value for group in groups for batch in group for value in batch.columns["amax"].tolist()]
     assert chdb.amax() == expected
     assert chdb.sql("SELECT count() FROM stats") == [(len(expected),)]
-    assert chdb.sql("SELECT groupArray(step) FROM (SELECT step FROM stats_step FINAL ORDER BY step)") == [
+    assert chdb.sql("SELECT groupArray(step) FROM (SELECT step FROM stats_by_step FINAL ORDER BY step)") == [
         ([1, 2, 3, 4, 5, 6],)
     ]
     compare(chdb.engine, chdb.store)
@@ -245,17 +297,20 @@ def test_runs_of_two_partitions_are_two_inserts(chdb: Beside, wire: Any) -> None
 
     chdb.write(*batches)
 
-    parts = "SELECT partition, rows FROM system.parts WHERE active AND table = 'stats' ORDER BY partition"
-    assert chdb.sql(parts) == [("0", 6), ("12", 6)]
+    parts = "SELECT partition, rows FROM system.parts WHERE active AND table = 'stats_by_step' ORDER BY partition"
+    assert chdb.sql(parts) == [("0", 1), ("12", 1)]
 
 
 def test_a_column_that_an_older_version_did_not_have_is_added(chdb: Beside) -> None:
-    chdb.sql("ALTER TABLE stats DROP COLUMN subnormal")
+    chdb.sql("DROP VIEW stats")
+    chdb.sql("ALTER TABLE stats_by_step DROP COLUMN subnormal")
+    chdb.sql("CREATE VIEW stats AS SELECT 1 AS one")
 
     chdb.store.migrate()
 
-    columns = [row[0] for row in chdb.sql("DESCRIBE TABLE stats")]
-    assert set(columns) == {"run_id", "source_id", "step", "slot", "seq", *(field.name for field in FIELDS)}
+    for table in ("stats_by_step", "stats"):
+        columns = [row[0] for row in chdb.sql(f"DESCRIBE TABLE {table}")]
+        assert set(columns) == {"run_id", "source_id", "step", "slot", "seq", *(field.name for field in FIELDS)}
 
 
 def test_deleting_gives_the_space_back(chdb: Beside, wire: Any) -> None:
@@ -302,8 +357,8 @@ def test_a_clickhouse_server_is_backed_up_by_its_own_command() -> None:
     one = ClickHouseStats(sa.make_url("clickhouse://user:secret@host:8123/telemetry"))
     cluster = ClickHouseStats(sa.make_url("clickhouse://user:secret@host:8123/telemetry?cluster=all"))
 
-    assert "BACKUP TABLE telemetry.stats, TABLE telemetry.stats_step TO Disk(" in one.backup_hint
-    assert "TABLE telemetry.stats_step_local ON CLUSTER 'all' TO Disk(" in cluster.backup_hint
+    assert "BACKUP TABLE telemetry.stats_by_step TO Disk(" in one.backup_hint
+    assert "BACKUP TABLE telemetry.stats_by_step_local ON CLUSTER 'all' TO Disk(" in cluster.backup_hint
     assert "secret" not in one.backup_hint + cluster.backup_hint
 
 
@@ -334,11 +389,11 @@ def test_clickhouse_understands_what_a_cluster_is_told(chdb: Beside, run: Callab
 
     statements = create_tables("gpus")
     assert printed == "\n\n".join(f"{statement};" for statement in statements) + "\n"
-    for statement in [*statements, *missing_columns("stats_local", "gpus", [])]:
+    for statement in [*statements, *missing_columns("gpus", [])]:
         assert chdb.sql(f"EXPLAIN AST {statement}")
     assert all("ON CLUSTER 'gpus'" in statement for statement in statements)
-    assert "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/{database}/{table}', '{replica}', seq)" in printed
-    assert "Distributed('gpus', currentDatabase(), stats_local, source_id)" in printed
+    assert "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/{database}/{table}', '{replica}')" in printed
+    assert "Distributed('gpus', currentDatabase(), stats_by_step_local, source_id)" in printed
 
 
 def test_bucket_arithmetic_rounds_down_on_clickhouse_too(chdb: Beside) -> None:

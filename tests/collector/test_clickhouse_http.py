@@ -131,14 +131,14 @@ def test_rows_are_the_same_as_the_collector_itself_would_read(
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
-        ("INSERT INTO stats_step VALUES (1, 1, 1)", "begins with something else"),
-        ("ALTER TABLE stats DELETE WHERE 1", "begins with something else"),
-        ("DROP TABLE stats", "begins with something else"),
+        ("INSERT INTO stats_by_step (step) VALUES (1)", "begins with something else"),
+        ("ALTER TABLE stats_by_step DELETE WHERE 1", "begins with something else"),
+        ("DROP TABLE stats_by_step", "begins with something else"),
         ("KILL QUERY WHERE 1", "begins with something else"),
         ("SYSTEM STOP MERGES", "begins with something else"),
         ("SET readonly = 0", "begins with something else"),
-        ("/**/ DROP TABLE stats", "begins with something else"),
-        ("WITH 1 AS one INSERT INTO stats_step SELECT one, one, one", ""),
+        ("/**/ DROP TABLE stats_by_step", "begins with something else"),
+        ("WITH 1 AS one INSERT INTO stats_by_step (step) SELECT one", ""),
         ("SELECT 1; SYSTEM STOP MERGES", "one statement at a time"),
         ("SELECT 1 INTO OUTFILE '{folder}/out.csv' FORMAT CSV", "reaches for nothing"),
         ("SELECT 1 INTO/**/outfile '{folder}/out.csv' FORMAT CSV", "reaches for nothing"),
@@ -161,7 +161,7 @@ def test_a_query_can_only_read_and_take_so_much(offer: Offer, tmp_path: Path, st
         client(offer).raw_query(statement.format(folder=tmp_path))
 
     assert sorted(tmp_path.iterdir()) == before
-    assert client(offer).query("SELECT count() FROM stats_step").result_rows == [(0,)]
+    assert client(offer).query("SELECT count() FROM stats_by_step").result_rows == [(0,)]
 
 
 def test_a_setting_in_the_address_is_refused_unless_it_is_what_is_set_already(offer: Offer) -> None:
@@ -175,7 +175,7 @@ def test_a_setting_in_the_address_is_refused_unless_it_is_what_is_set_already(of
         return answer.status, answer.headers["X-ClickHouse-Exception-Code"]
 
     assert ask() == (200, None)
-    assert ask(final="1", database="default") == (200, None)
+    assert ask(max_threads="1", database="default") == (200, None)
     assert ask(max_memory_usage="0") == (500, "164")
     assert ask(readonly="0") == (500, "164")
 

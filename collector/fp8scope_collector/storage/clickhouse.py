@@ -1,12 +1,12 @@
 """Statistics in ClickHouse, or in chDB, which is ClickHouse inside this process; everything else stays relational.
 
-Both speak the same SQL through clickhouse-connect. A row has its batch's number, so that the data itself says what is
-there: a batch comes again after a crash between ClickHouse's insert and the relational commit, and is looked up before
-it is written (docs/adr/0036). Blocks are large, each touches one partition and carries a token; what two collectors on
-both sides of a partition may still write twice is one row when it is read (`final`).
+Both speak the same SQL through clickhouse-connect. What a batch brought of a step is one row there, with an array for
+each field (docs/adr/0086), and has the batch's number, so that the data itself says what is there: a batch comes again
+after a crash between ClickHouse's insert and the relational commit, and is looked up before it is written
+(docs/adr/0036). Blocks are large, each touches one partition and carries a token; what two collectors on both sides of
+a partition may still write twice is one row for whoever reads.
 
-Rows are ordered by run, blocks of 256 steps, slot, source, step: one tensor's window is a few granules, and so is the
-newest window of all tensors (docs/adr/0037). `clickhouse_ddl` makes the tables, and `clickhouse_reach` reaches
+`clickhouse_ddl` makes the tables, `clickhouse_block` lays rows out and takes them back, and `clickhouse_reach` reaches
 them: a chDB folder belongs to one process, and a collector that has one lets others read through it.
 """
 
@@ -24,12 +24,10 @@ import sqlalchemy as sa
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.clickhouse_block import Block, Blocks
+from fp8scope_collector.storage.clickhouse_block import Block, Blocks, rows_of
 from fp8scope_collector.storage.clickhouse_ddl import (
     RUNS_A_PARTITION,
-    STATS,
-    STATS_STEP,
-    STEPS_A_BLOCK,
+    STATS_BY_STEP,
     create_tables,
     local,
     missing_columns,
@@ -38,20 +36,22 @@ from fp8scope_collector.storage.clickhouse_ddl import (
 from fp8scope_collector.storage.clickhouse_http import ReadService
 from fp8scope_collector.storage.clickhouse_reach import Database, merge_when_idle
 from fp8scope_collector.storage.history import Span, int_div
-from fp8scope_collector.storage.stats_store import Pace, row_schema
+from fp8scope_collector.storage.stats_store import Pace
 
-_KEY = ("run_id", "source_id", "step", "slot", "seq")
-_stats = sa.table(
-    STATS, *(sa.column(name, sa.BigInteger) for name in _KEY), *(sa.column(field.name) for field in FIELDS)
-)
-_stats_step = sa.table(STATS_STEP, *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "step")))
+_row = sa.table(
+    STATS_BY_STEP,
+    *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "step", "seq")),
+    *(sa.column(name) for name in ("slot", *(field.name for field in FIELDS))),
+).c
 _SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
 _SPANS = 1000  # of one query: its text has a limit
-_FIRST_ROWS = 64  # batches whose first row is looked up in one query
+_NEAR_STEPS = 256  # between spans of one query: as many steps more of each source cost less than another query
+_STEPS_AT_ONCE = 64  # of all tensors, in memory
+_BATCHES_LOOKED_UP = 64  # in one query
 
 
 class ClickHouseStats:
-    """The tables `stats` and `stats_step` of one ClickHouse database or chDB folder; see `StatsStore`.
+    """The table `stats_by_step` of one ClickHouse database or chDB folder; see `StatsStore`.
 
     Nothing is opened before it is needed. A chDB folder is this process's from `migrate`, or the first change, to
     `close`; what only reads has it for no longer than a query, or reads through the process that has it.
@@ -76,16 +76,15 @@ class ClickHouseStats:
         if self._database.folder:
             self._database.folder.mkdir(parents=True, exist_ok=True)
         with self._database.client(changing=True) as client:
-            for statement in create_tables(self.cluster):
+            *tables, view = create_tables(self.cluster)
+            for statement in tables:
                 client.command(statement)
-            for table in dict.fromkeys((local(STATS, self.cluster), STATS)):
-                known = {row[0] for row in client.query(f"DESCRIBE TABLE {table}").result_rows}
-                for statement in missing_columns(table, self.cluster, known):
-                    client.command(statement)
+            known = {row[0] for row in client.query(f"DESCRIBE TABLE {local(self.cluster)}").result_rows}
+            for statement in [*missing_columns(self.cluster, known), view]:
+                client.command(statement)
             settings = {row[0] for row in client.query("SELECT name FROM system.merge_tree_settings").result_rows}
-            for table in (STATS, STATS_STEP):
-                for statement in tune(table, self.cluster, settings):
-                    client.command(statement)
+            for statement in tune(self.cluster, settings):
+                client.command(statement)
         if self._database.folder:
             merge_when_idle()
 
@@ -97,12 +96,11 @@ class ClickHouseStats:
     def size_bytes(self) -> int:
         """The parts that count, on disk, as ClickHouse compressed them; of a cluster one replica of each shard."""
         parts = f"cluster('{self.cluster}', system.parts)" if self.cluster else "system.parts"
-        tables = ", ".join(f"'{local(table, self.cluster)}'" for table in (STATS, STATS_STEP))
         with self._database.client() as client:
             database = client.query("SELECT currentDatabase()").result_rows[0][0]
             total = client.query(
                 f"SELECT sum(bytes_on_disk) FROM {parts} WHERE active AND database = {{own:String}}"
-                f" AND table IN ({tables})",
+                f" AND table = '{local(self.cluster)}'",
                 parameters={"own": database},
             )
             return int(total.result_rows[0][0])
@@ -129,8 +127,7 @@ class ClickHouseStats:
 
             def insert() -> None:
                 for part in parts:
-                    self._insert(client, STATS, prepared or blocks.rows(part), _token(part))
-                self._insert(client, STATS_STEP, blocks.steps(batches), _token(batches))
+                    self._insert(client, prepared or blocks.rows(part), _token(part))
 
             try:
                 _beside(insert, meanwhile)
@@ -154,9 +151,8 @@ class ClickHouseStats:
         """Removes everything of these sources, and gives its space back before it returns."""
         if source_ids:
             runs = self._runs(connection, source_ids)
-            for table in (_stats, _stats_step):
-                which = sa.and_(table.c.run_id.in_(sorted(set(runs.values()))), table.c.source_id.in_(list(source_ids)))
-                self._change(table.name, "ALTER TABLE {} DELETE WHERE {}", which, {"mutations_sync": 2})
+            which = sa.and_(_row.run_id.in_(sorted(set(runs.values()))), _row.source_id.in_(list(source_ids)))
+            self._change("ALTER TABLE {} DELETE WHERE {}", which, {"mutations_sync": 2})
 
     def prune(self, connection: sa.Connection, source_id: int, below_step: int) -> int:
         """Removes the source's rows of the steps below `below_step`; their space comes back with the next merges."""
@@ -164,34 +160,34 @@ class ClickHouseStats:
         if not (runs := self._runs(connection, [source_id])) or below_step <= 0:
             return 0
         which = _within(runs[source_id], [span])
+        slots = sa.func.length(sa.func.arrayDistinct(sa.func.arrayFlatten(sa.func.groupArray(_row.slot))))
+        each = sa.select(slots.label("rows")).where(which).group_by(_row.run_id, _row.source_id, _row.step).subquery()
         with self._database.client(changing=True) as client:
-            count = sa.select(sa.func.count()).select_from(_stats).where(which)
-            rows = int(client.query(self._sql(count), settings={"final": 1}).result_rows[0][0])
+            count = self._sql(sa.select(sa.func.sum(each.c.rows)))
+            found = client.query(count, settings={"optimize_aggregation_in_order": 1})
+            rows = int(found.result_rows[0][0])
         if rows:
-            self._change(STATS, "DELETE FROM {} WHERE {}", which, {"lightweight_deletes_sync": 2})
-            old = sa.and_(_stats_step.c.source_id == source_id, _stats_step.c.step < below_step)
-            self._change(STATS_STEP, "DELETE FROM {} WHERE {}", old, {"lightweight_deletes_sync": 2})
+            self._change("DELETE FROM {} WHERE {}", which, {"lightweight_deletes_sync": 2})
         return rows
 
     def last_steps(self, connection: sa.Connection, source_id: int, count: int) -> list[int]:
-        """The newest `count` recorded steps of a source, descending, from the narrow table of steps."""
-        step = _stats_step.c.step
-        query = sa.select(step).distinct().where(_stats_step.c.source_id == source_id).order_by(step.desc())
+        """The newest `count` recorded steps of a source, descending; reads no statistics."""
+        if not (runs := self._runs(connection, [source_id])):
+            return []
+        query = sa.select(_row.step).distinct().where(_row.run_id == runs[source_id], _row.source_id == source_id)
         with self._database.client() as client:
-            return [row[0] for row in client.query(self._sql(query.limit(count))).result_rows]
+            found = client.query(self._sql(query.order_by(_row.step.desc()).limit(count)))
+            return [row[0] for row in found.result_rows]
 
     def steps(self, connection: sa.Connection, spans: Sequence[Span]) -> list[tuple[int, int]]:
-        """The recorded steps of the spans as (source id, step), from the narrow table of steps."""
-        if not spans:
-            return []
-        table = _stats_step.c
-        inside = [
-            sa.and_(table.source_id == span.source_id, table.step.between(span.first_step, span.last_step))
-            for span in spans
-        ]
-        query = sa.select(table.source_id, table.step).distinct().where(sa.or_(*inside))
-        with self._database.client() as client:
-            return [(source_id, step) for source_id, step in client.query(self._sql(query)).result_rows]
+        """The recorded steps of the spans as (source id, step); reads no statistics."""
+        runs = self._runs(connection, [span.source_id for span in spans])
+        found: list[tuple[int, int]] = []
+        for run_id, some in _together(spans, runs):
+            query = sa.select(_row.source_id, _row.step).distinct().where(_within(run_id, some))
+            with self._database.client() as client:
+                found += [(source_id, step) for source_id, step in client.query(self._sql(query)).result_rows]
+        return found
 
     def rows(
         self,
@@ -204,30 +200,32 @@ class ClickHouseStats:
         batch_rows: int = 50_000,
     ) -> Iterator[pa.RecordBatch]:
         """The spans' rows, those beside each other by one query; of a row that is there twice the later batch's."""
-        layout = row_schema(fields)
         runs = self._runs(connection, [span.source_id for span in spans])
-        settings = {"final": 1, "max_block_size": batch_rows, "max_bytes_before_external_sort": _SORT_BYTES}
-        row, there = _stats.c, _stats_step.c
+        settings = {"max_block_size": _STEPS_AT_ONCE, "max_bytes_before_external_sort": _SORT_BYTES}
+        settings["query_plan_execute_functions_after_sorting"] = 0  # not whole arrays of which one value is wanted
+        names = ["slot", *fields]
+        shown = [_row[name] for name in names] if slots is None else _of_slots(names, slots)
         for run_id, some in _together(spans, runs):
-            query = sa.select(*(row[name] for name in layout.names)).where(_within(run_id, some))
+            query = sa.select(_row.source_id, _row.step, *shown).where(_within(run_id, some))
             if slots is not None:
-                query = query.where(row.slot.in_(list(slots)))
+                query = query.where(sa.func.hasAny(_row.slot, _literal(list(slots))))
             if every > 1:
-                firsts = sa.select(there.source_id, sa.func.min(there.step)).where(
-                    there.run_id == run_id, _of_spans(there, some)
-                )
-                firsts = firsts.group_by(there.source_id, int_div(there.step, every))
-                query = query.where(sa.tuple_(row.source_id, row.step).in_(firsts))
-            place = [_by_source(row.source_id, some, range(len(some)))] if len(some) > 1 else []
-            query = query.order_by(*place, row.step, row.slot)
-            with self._database.client() as client:
-                free = {name: to for name, to in settings.items() if not client.server_settings[name].readonly}
-                with client.query_arrow_stream(self._sql(query), settings=free) as blocks:
-                    for block in blocks:
-                        table = (
-                            pa.table(block) if not isinstance(block, pa.RecordBatch) else pa.Table.from_batches([block])
-                        )
-                        yield from table.cast(layout).to_batches(max_chunksize=batch_rows)
+                firsts = sa.select(_row.source_id, sa.func.min(_row.step)).where(_within(run_id, some))
+                firsts = firsts.group_by(_row.source_id, int_div(_row.step, every))
+                query = query.where(sa.tuple_(_row.source_id, _row.step).in_(firsts))
+            sources = [span.source_id for span in some]
+            place = _row.source_id if sources == sorted(sources) else _by_source(some, range(len(some)))
+            query = query.order_by(place, _row.step, _row.seq)
+            yield from rows_of(self._blocks_of(query, names, settings), fields, batch_rows)
+
+    def _blocks_of(self, query: sa.Select[Any], names: Sequence[str], settings: Mapping[str, int]) -> Iterator[Any]:
+        """What the query gives, as it comes: source_id, step, and columns that are called `names`."""
+        with self._database.client() as client:
+            free = {name: to for name, to in settings.items() if not client.server_settings[name].readonly}
+            with client.query_arrow_stream(self._sql(query), settings=free) as blocks:
+                for block in blocks:
+                    table = pa.Table.from_batches([block]) if isinstance(block, pa.RecordBatch) else pa.table(block)
+                    yield from table.rename_columns(["source_id", "step", *names]).to_batches()
 
     def close(self) -> None:
         """Closes the connections, and ends what others read through them."""
@@ -239,43 +237,33 @@ class ClickHouseStats:
     def _look_up(self, client: Any, batches: Sequence[Batch]) -> None:
         """Learns which of these batches, all from sources of which none was missing yet, are stored already.
 
-        A batch is stored whole or not at all, in one part, so its first row says it; a later number in that row means
-        that a later batch replaced it.
+        A batch is stored whole or not at all, in one part, so one of its steps says it.
         """
         for batch in batches:
             self._written.setdefault(batch.source, 0)
-        row = _stats.c
-        key = sa.tuple_(row.run_id, int_div(row.step, STEPS_A_BLOCK), row.slot, row.source_id, row.step)
-        for start in range(0, len(batches), _FIRST_ROWS):
-            some = batches[start : start + _FIRST_ROWS]
-            firsts = {
-                (batch.source.id, int(batch.step[0]), int(batch.source.run_slot[batch.slot[0]])): batch
-                for batch in some
+        key = (_row.run_id, _row.source_id, _row.step, _row.seq)
+        for start in range(0, len(batches), _BATCHES_LOOKED_UP):
+            some = {
+                (batch.source.run_id, batch.source.id, int(batch.step[0]), batch.seq): batch.source
+                for batch in batches[start : start + _BATCHES_LOOKED_UP]
             }
-            keys = [
-                (batch.source.run_id, step // STEPS_A_BLOCK, slot, source_id, step)
-                for (source_id, step, slot), batch in firsts.items()
-            ]
-            query = sa.select(row.source_id, row.step, row.slot, sa.func.max(row.seq)).where(key.in_(keys))
-            query = query.group_by(row.source_id, row.step, row.slot)
-            stored = {(*found[:3],): found[3] for found in client.query(self._sql(query)).result_rows}
-            for batch in some:
-                first = (batch.source.id, int(batch.step[0]), int(batch.source.run_slot[batch.slot[0]]))
-                if stored.get(first, 0) >= batch.seq:
-                    self._written[batch.source] = max(self._written[batch.source], batch.seq)
+            query = sa.select(*key).where(sa.tuple_(*key).in_(list(some)))
+            for found in client.query(self._sql(query)).result_rows:
+                source = some[(*found,)]
+                self._written[source] = max(self._written[source], found[-1])
 
-    def _insert(self, client: Any, table: str, block: Block, token: str) -> None:
+    def _insert(self, client: Any, block: Block, token: str) -> None:
         """One block: on return it is on disk, and the same token again changes nothing."""
-        settings = {"insert_deduplication_token": f"{table} {token}", "async_insert": 0}
+        settings = {"insert_deduplication_token": token, "async_insert": 0}
         settings["optimize_on_insert"] = 0  # rows that replace others do so in merges and for readers
         if self.cluster:
             settings |= {"distributed_foreground_insert": 1}
         columns, data = block
         sent = data if self._database.folder else bytes(data)
-        client.raw_insert(table, columns, sent, settings=settings, fmt="Native")
+        client.raw_insert(STATS_BY_STEP, columns, sent, settings=settings, fmt="Native")
 
-    def _change(self, table: str, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
-        where = f"{local(table, self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else table
+    def _change(self, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
+        where = f"{local(self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else STATS_BY_STEP
         with self._database.client(changing=True) as client:
             client.command(statement.format(where, self._sql(which)), settings=settings)
 
@@ -298,20 +286,17 @@ class ClickHouseStats:
                 "?stats=chdb:///COPY with the copied database"
             )
         database = self._database.url.database or "default"
-        tables = ", ".join(f"TABLE {database}.{local(table, self.cluster)}" for table in (STATS, STATS_STEP))
         where = f" ON CLUSTER '{self.cluster}'" if self.cluster else ""
+        table = f"TABLE {database}.{local(self.cluster)}"
         return (
             f"statistics are not in it: they are in {self._database.shown}. Copy them after this, with "
-            f"clickhouse-client: BACKUP {tables}{where} TO Disk('backups', 'fp8scope.zip'), where `backups` is a disk "
+            f"clickhouse-client: BACKUP {table}{where} TO Disk('backups', 'fp8scope.zip'), where `backups` is a disk "
             "that the server's configuration allows"
         )
 
 
 def _together(spans: Sequence[Span], runs: Mapping[int, int]) -> Iterator[tuple[int, list[Span]]]:
-    """The spans in their order with their run: those of several sources together that reach into the same blocks.
-
-    All sources of a run lie side by side in a block, so that a query for one of them reads the others' rows, too.
-    """
+    """The spans in their order with their run: together those of several sources that are about the same steps."""
     some: list[Span] = []
     for span in spans:
         if span.source_id not in runs:
@@ -320,8 +305,8 @@ def _together(spans: Sequence[Span], runs: Mapping[int, int]) -> Iterator[tuple[
             len(some) < _SPANS
             and runs[span.source_id] == runs[some[0].source_id]
             and all(span.source_id != other.source_id for other in some)
-            and span.first_step // STEPS_A_BLOCK <= max(other.last_step for other in some) // STEPS_A_BLOCK
-            and span.last_step // STEPS_A_BLOCK >= min(other.first_step for other in some) // STEPS_A_BLOCK
+            and span.first_step <= max(other.last_step for other in some) + _NEAR_STEPS
+            and span.last_step >= min(other.first_step for other in some) - _NEAR_STEPS
         ):
             yield runs[some[0].source_id], some
             some = []
@@ -331,28 +316,33 @@ def _together(spans: Sequence[Span], runs: Mapping[int, int]) -> Iterator[tuple[
 
 
 def _within(run_id: int, spans: Sequence[Span]) -> sa.ColumnElement[bool]:
-    """The rows of spans; the blocks of steps are said apart, as ClickHouse does not conclude them from the steps."""
-    row = _stats.c
-    first, last = min(span.first_step for span in spans), max(span.last_step for span in spans)
-    blocks = int_div(row.step, STEPS_A_BLOCK).between(first // STEPS_A_BLOCK, last // STEPS_A_BLOCK)
-    return sa.and_(row.run_id == run_id, blocks, _of_spans(row, spans))
-
-
-def _of_spans(row: Any, spans: Sequence[Span]) -> sa.ColumnElement[bool]:
-    """What of `row`, columns with a source and a step, lies in the spans, which are of different sources."""
+    """What lies in the spans, which are of different sources."""
     firsts, lasts = [span.first_step for span in spans], [span.last_step for span in spans]
-    inside = [row.source_id.in_([span.source_id for span in spans]), row.step.between(min(firsts), max(lasts))]
+    sources = [span.source_id for span in spans]
+    inside = [_row.run_id == run_id, _row.source_id == sources[0] if len(sources) == 1 else _row.source_id.in_(sources)]
+    inside += [_row.step.between(min(firsts), max(lasts))]
     if len({*firsts}) > 1 or len({*lasts}) > 1:
-        inside += [row.step >= _by_source(row.source_id, spans, firsts)]
-        inside += [row.step <= _by_source(row.source_id, spans, lasts)]
+        inside += [_row.step >= _by_source(spans, firsts), _row.step <= _by_source(spans, lasts)]
     return sa.and_(*inside)
 
 
-def _by_source(source_id: sa.ColumnElement[int], spans: Sequence[Span], values: Sequence[int]) -> Any:
+def _by_source(spans: Sequence[Span], values: Sequence[int]) -> Any:
     """The value that belongs to the source's span: looked up, however many there are."""
-    sources = [span.source_id for span in spans]
-    literals: list[sa.ColumnElement[Any]] = [sa.literal_column(str(each)) for each in (sources, list(values), 0)]
-    return sa.func.transform(source_id, *literals)
+    return sa.func.transform(_row.source_id, *map(_literal, ([span.source_id for span in spans], [*values], 0)))
+
+
+def _of_slots(names: Sequence[str], slots: Sequence[int]) -> list[sa.ColumnElement[Any]]:
+    """Of arrays called `names`, one of which is `slot`, the values of these slots, as far as a row has them."""
+    places = ", ".join(f"indexOf(slot, {slot})" for slot in sorted(slots))
+    there = f"arrayFilter(place -> place > 0, [{places}])"
+    return [
+        sa.literal_column(f"if(empty({name}), {name}, arrayMap(place -> {name}[place], {there}))").label(f"{name}_")
+        for name in names
+    ]
+
+
+def _literal(value: object) -> sa.ColumnElement[Any]:
+    return sa.literal_column(str(value))
 
 
 def _by_partition(batches: Sequence[Batch]) -> list[list[Batch]]:

@@ -1,93 +1,88 @@
-"""What is inserted into ClickHouse: the rows of some batches in the order of the table, as one block in Native format.
+"""The rows of batches as ClickHouse has them, an array for each field of a step, and back.
 
-Native is how ClickHouse itself lays out a block, column by column, so the server copies instead of converting, and
-rows that come in the table's order are not sorted again (docs/adr/0083).
+A block is inserted in Native format, which is how ClickHouse itself lays it out, column by column: the server copies
+instead of converting (docs/adr/0083). Making one is copying, too: a batch that has one step is a row as it came
+(docs/adr/0086).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch
-from fp8scope_collector.storage.clickhouse_ddl import STEPS_A_BLOCK, TYPES
+from fp8scope_collector.storage.clickhouse_ddl import TYPES
+from fp8scope_collector.storage.stats_store import row_schema
 
 Ints: TypeAlias = npt.NDArray[np.int64]
-Column: TypeAlias = npt.NDArray[np.generic]
+Column: TypeAlias = npt.NDArray[Any]
 Block: TypeAlias = tuple[list[str], memoryview]  # names of the columns, and the block
 
-_WIDEST = 8  # bytes of a value
+_KEY = ("run_id", "source_id", "step", "seq")
+_SLOT = np.int32
+_NAMES_BYTES = 64  # of a column, with its type
+_ROW_BYTES = np.dtype(_SLOT).itemsize + sum(np.dtype(field.dtype).itemsize for field in FIELDS)
+_STEP_BYTES = 8 * (len(_KEY) + 1 + len(FIELDS))  # the key, and where the arrays end
 
 
 class Blocks:
     """Lays out one block after the other in the same memory: fresh pages for each cost more than the copying."""
 
     def __init__(self) -> None:
-        self._block = np.empty(0, np.uint8)
-        self._gathered = self._sorted = np.empty(0, np.uint8)
+        self._memory = np.empty(0, np.uint8)
 
     def rows(self, batches: Sequence[Batch]) -> Block:
-        """The block of `stats`, valid until the next; NaN and absent values are null.
+        """The block of `stats_by_step`, valid until the next: a row for each step of each batch, in the table's order.
 
-        `batches` are sorted by (source, seq). Rows of equal keys stay as they came, so that the later one counts.
+        `batches` are sorted by (source, seq). Of equal (step, slot) of a batch the last one is taken.
         """
-        sizes = [batch.rows for batch in batches]
-        run, source, seq = (
-            np.repeat(np.array(values, np.int64), sizes)
-            for values in zip(*((batch.source.run_id, batch.source.id, batch.seq) for batch in batches), strict=True)
-        )
-        step = np.concatenate([batch.step for batch in batches])
-        slot = np.concatenate([batch.source.run_slot[batch.slot] for batch in batches])
-        order = _order(run, source, step, slot)
-        key = {"run_id": run, "source_id": source, "step": step, "slot": slot.astype(np.int32), "seq": seq}
-        layout = _Layout(self._room(len(step)), len(key) + len(FIELDS), len(step))
-        for name, column in key.items():
-            layout.add(name, column if order is None else column[order])
+        parts = [_Part(batch) for batch in sorted(batches, key=lambda batch: (batch.source.run_id, batch.source.id))]
+        sizes = np.concatenate([part.sizes for part in parts])
+        layout = _Layout(self._room(int(sizes.sum()), len(sizes)), len(_KEY) + 1 + len(FIELDS), len(sizes))
+        keys = zip(*(part.key for part in parts), strict=True)
+        for name, values in zip(_KEY, keys, strict=True):
+            layout.add(name, "Int64", values)
+        layout.add("slot", "Array(Int32)", [sizes.cumsum(), *(part.slot for part in parts)])
         for field in FIELDS:
-            parts = [batch.columns.get(field.name) for batch in batches]
-            dtype = np.dtype(np.int64 if field.dtype == "uint64" else field.dtype)
-            gathered, ordered = (memory.view(dtype)[: len(step)] for memory in (self._gathered, self._sorted))
-            nothing = 0 if dtype.kind == "i" else np.nan
-            np.concatenate(
-                [
-                    np.full(rows, nothing, dtype) if part is None else part
-                    for part, rows in zip(parts, sizes, strict=True)
-                ],
-                out=gathered,
-            )
-            absent = None
-            if dtype.kind == "i" and any(part is None for part in parts):
-                absent = np.repeat([part is None for part in parts], sizes)
-            if order is not None:
-                np.take(gathered, order, out=ordered, mode="clip")
-                gathered = ordered
-                absent = absent[order] if absent is not None else None
-            layout.add_nullable(field.name, gathered, absent)
-        return [*key, *(field.name for field in FIELDS)], layout.done()
+            columns = [part.column(field.name) for part in parts]
+            there = [part.sizes if len(column) else 0 * part.sizes for part, column in zip(parts, columns, strict=True)]
+            layout.add(field.name, f"Array({TYPES[field.dtype]})", [np.concatenate(there).cumsum(), *columns])
+        return [*_KEY, "slot", *(field.name for field in FIELDS)], layout.done()
 
-    def steps(self, batches: Sequence[Batch]) -> Block:
-        """The block of `stats_step`, valid until the next: which steps the batches have, each once."""
-        steps = {
-            (batch.source.id, step, batch.source.run_id)
-            for batch in batches
-            for step in batch.step[np.flatnonzero(np.diff(batch.step, prepend=-1))].tolist()
-        }
-        source, step, run = np.array(sorted(steps), np.int64).T
-        columns = {"run_id": run, "source_id": source, "step": step}
-        layout = _Layout(self._room(len(step)), len(columns), len(step))
-        for name, column in columns.items():
-            layout.add(name, column)
-        return [*columns], layout.done()
+    def _room(self, rows: int, steps: int) -> npt.NDArray[np.uint8]:
+        size = (len(_KEY) + 2 + len(FIELDS)) * _NAMES_BYTES + steps * _STEP_BYTES + rows * _ROW_BYTES
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
 
-    def _room(self, rows: int) -> npt.NDArray[np.uint8]:
-        if len(self._block) < (block_bytes := _block_bytes(rows)):
-            self._block = np.empty(block_bytes, np.uint8)
-            self._gathered, self._sorted = (np.empty(rows * _WIDEST, np.uint8) for _ in range(2))
-        return self._block
+
+class _Part:
+    """One batch, in the order of steps and slots: `sizes` says how many rows each of its steps has."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._order: Ints | None = None  # None: it came so
+        step, slot = batch.step, batch.source.run_slot[batch.slot]
+        if not _ascend(step, slot).all():
+            order = np.lexsort((slot, step))
+            self._order = order[np.append(_ascend(step[order], slot[order]), True)]
+            step, slot = step[self._order], slot[self._order]
+        starts = np.flatnonzero(np.diff(step, prepend=-1))
+        self.sizes = np.diff(starts, append=len(step))
+        source = batch.source
+        self.key = np.full((len(_KEY), len(starts)), [[source.run_id], [source.id], [0], [batch.seq]])
+        self.key[2] = step[starts]
+        self.slot = slot.astype(_SLOT)
+
+    def column(self, name: str) -> Column:
+        """A field's values; none where the batch does not have it."""
+        column = self._batch.columns.get(name, np.empty(0))
+        return column if self._order is None or not len(column) else column[self._order]
 
 
 class _Layout:
@@ -95,63 +90,100 @@ class _Layout:
 
     def __init__(self, memory: npt.NDArray[np.uint8], columns: int, rows: int) -> None:
         self._memory = memory
-        self._rows = rows
         self._end = 0
-        self._say(_number(columns) + _number(rows))
+        self._say([_number(columns) + _number(rows)])
 
-    def add(self, name: str, column: Column) -> None:
-        """Adds a column that has no nulls."""
-        self._say(_text(name) + _text(TYPES[column.dtype.name]))
-        self._say(column)
-
-    def add_nullable(self, name: str, column: Column, absent: npt.NDArray[np.bool_] | None) -> None:
-        """Adds a column whose value is null where it is NaN or `absent`."""
-        self._say(_text(name) + _text(f"Nullable({TYPES[column.dtype.name]})"))
-        null = self._memory[self._end : self._end + self._rows].view(np.bool_)
-        self._end += self._rows
-        if column.dtype.kind == "f":
-            np.isnan(column, out=null)
-        else:
-            null[:] = False if absent is None else absent
-        self._say(column)
+    def add(self, name: str, kind: str, arrays: Sequence[Column]) -> None:
+        """Adds a column, whose data are these arrays one after the other."""
+        self._say([_text(name) + _text(kind), *arrays])
 
     def done(self) -> memoryview:
         """The block's bytes."""
         return self._memory[: self._end].data
 
-    def _say(self, data: bytes | Column) -> None:
-        if isinstance(data, bytes):
-            values = np.frombuffer(data, np.uint8)
-        else:
-            values = np.ascontiguousarray(data, data.dtype.newbyteorder("<")).view(np.uint8)
-        self._memory[self._end : self._end + len(values)] = values
-        self._end += len(values)
+    def _say(self, pieces: Sequence[bytes | Column]) -> None:
+        data = [np.frombuffer(piece, np.uint8) if isinstance(piece, bytes) else _bytes(piece) for piece in pieces]
+        start, self._end = self._end, self._end + sum(map(len, data))
+        np.concatenate(data, out=self._memory[start : self._end])
 
 
-def _block_bytes(rows: int) -> int:
-    """At least the bytes of a block of so many rows."""
-    columns = 5 + len(FIELDS)
-    return columns * (100 + rows * (_WIDEST + 1))
+def rows_of(blocks: Iterable[pa.RecordBatch], fields: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
+    """The rows that blocks of `stats_by_step` hold, as `row_schema(fields)` says, at most so many at a time.
 
-
-def _order(run: Ints, source: Ints, step: Ints, slot: Ints) -> Ints | None:
-    """The permutation into (run, block of steps, slot, source, step); None: they are in that order.
-
-    The least of the keys first, by sorts that keep the order of equals. What comes is sorted by source and, unless a
-    source went back, by step.
+    A block has source_id, step, slot, and the fields, rows of a (source, step) side by side in the order of seq. Of
+    equal (source, step, slot) the last one is given.
     """
-    keys: list[Column] = [slot, step // STEPS_A_BLOCK, run]
-    if not ((source[1:] > source[:-1]) | ((source[1:] == source[:-1]) & (step[1:] >= step[:-1]))).all():
-        keys = [step, source, *keys]
-    order: Ints | None = None
-    for key in keys:
-        low, high = int(key.min()), int(key.max())
-        if low == high:
-            continue
-        if high - low < 1 << 16:  # numpy sorts so short numbers by counting, several times as fast
-            key = (key - low).astype(np.uint16)
-        order = np.argsort(key, kind="stable") if order is None else order[np.argsort(key[order], kind="stable")]
-    return order
+    held: list[pa.RecordBatch] = []  # of one step, that may go on in the next block
+    for block in blocks:
+        changes = np.flatnonzero(np.diff(block["source_id"]) | np.diff(block["step"])) + 1
+        first, last = (int(changes[0]), int(changes[-1])) if len(changes) else (block.num_rows, 0)
+        if held and any(held[0][name][0] != block[name][0] for name in ("source_id", "step")):
+            yield from _rows_of(held, fields, most)
+            held = []
+        if held:
+            held.append(block.slice(0, first))
+            if not len(changes):
+                continue
+            yield from _rows_of(held, fields, most)
+            block, last = block.slice(first), last - first
+        yield from _rows_of([block.slice(0, last)], fields, most)
+        held = [block.slice(last)]
+    yield from _rows_of(held, fields, most)
+
+
+def _rows_of(blocks: Sequence[pa.RecordBatch], fields: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
+    if not sum(block.num_rows for block in blocks):
+        return
+    table = pa.Table.from_batches(blocks).combine_chunks().to_batches()[0]
+    sizes = _sizes(table["slot"])
+    source, step = (np.asarray(table[name]) for name in ("source_id", "step"))
+    slot = _values(table["slot"])
+    key = [np.repeat(source, sizes), np.repeat(step, sizes), slot.astype(np.int64)]
+    order = None
+    if (~np.diff(source).astype(bool) & ~np.diff(step).astype(bool)).any():  # a step of several batches
+        which = np.repeat(np.cumsum(np.append(True, np.diff(source) | np.diff(step)) != 0), sizes)
+        order = np.lexsort((slot, which))
+        order = order[np.append(_ascend(which[order], slot[order]), True)]
+    layout = row_schema(fields)
+    columns = [pa.array(each if order is None else each[order]) for each in key]
+    for name in fields:
+        values, there = _values(table[name]), _sizes(table[name]) == sizes
+        null = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
+        if not there.all():
+            whole = np.repeat(there, sizes)
+            values, null = _spread(values, whole), _spread(null, whole) | ~whole
+        if order is not None:
+            values, null = values[order], null[order]
+        columns.append(pa.array(values.astype(layout.field(name).type.to_pandas_dtype(), copy=False), mask=null))
+    rows = pa.RecordBatch.from_arrays(columns, schema=layout)
+    for start in range(0, rows.num_rows, most):
+        yield rows.slice(start, most)
+
+
+def _spread(values: Column, where: npt.NDArray[np.bool_]) -> Column:
+    whole = np.zeros(len(where), values.dtype)
+    whole[where] = values
+    return whole
+
+
+def _values(lists: pa.ListArray) -> Column:
+    values: Column = lists.flatten().to_numpy(zero_copy_only=False)
+    return values
+
+
+def _sizes(lists: pa.ListArray) -> Ints:
+    sizes: Ints = lists.value_lengths().to_numpy(zero_copy_only=False)
+    return sizes
+
+
+def _ascend(step: Column, slot: Column) -> npt.NDArray[np.bool_]:
+    """Whether each (step, slot) is below the one that follows."""
+    below: npt.NDArray[np.bool_] = (step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))
+    return below
+
+
+def _bytes(column: Column) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(column, column.dtype.newbyteorder("<")).view(np.uint8)
 
 
 def _text(text: str) -> bytes:

@@ -1,115 +1,119 @@
 """ClickHouse's tables as SQL: of one server, of chDB, or of a cluster with shards and replicas.
 
-A cluster has the rows in `stats_local`, replicated within each shard, and `stats` distributes over the shards by
-source: all versions of a row meet on one shard, where the later batch replaces the earlier. `fp8scope clickhouse-ddl`
-prints this for whoever creates tables by hand; a collector executes the same statements when it starts.
+A row of `stats_by_step` is what one batch brought of one step, an array for each field (docs/adr/0086). `stats` is a
+view that has a row for each tensor, for whoever asks in SQL.
+
+A cluster has the rows in `stats_by_step_local`, replicated within each shard, and `stats_by_step` distributes over the
+shards by source. `fp8scope clickhouse-ddl` prints this for whoever creates tables by hand; a collector executes the
+same statements when it starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from fp8core.records import FIELDS
+from fp8core.records import FIELDS, Field
 
+STATS_BY_STEP = "stats_by_step"
 STATS = "stats"
-STATS_STEP = "stats_step"
-STEPS_A_BLOCK = 256
 RUNS_A_PARTITION = 100
 
 TYPES = {"float32": "Float32", "float64": "Float64", "int32": "Int32", "int64": "Int64", "uint64": "Int64"}
-_TUNED = {"auto_statistics_types": "''", "merge_selector_base": "20"}
+_TUNED = {"auto_statistics_types": "''", "merge_selector_base": "20", "merge_max_block_size_bytes": str(1 << 20)}
 _INSERTS_REMEMBERED = 1000  # whose tokens are compared
 
 
 def create_tables(cluster: str | None = None) -> list[str]:
-    """The statements that create what is not there, in their order."""
-    stats = [
-        "run_id Int64 CODEC(Delta, LZ4) COMMENT 'run.id'",
-        "source_id Int64 CODEC(Delta, LZ4) COMMENT 'source.id'",
-        "step Int64 CODEC(Delta, LZ4) COMMENT 'optimizer step'",
-        "slot Int32 CODEC(Delta, LZ4) COMMENT 'slot.slot'",
-        "seq Int64 CODEC(Delta, LZ4) COMMENT 'number of the batch that brought the row; the highest counts'",
-        *(_field_column(name) for name in (field.name for field in FIELDS)),
-    ]
-    steps = [
-        "run_id Int64 COMMENT 'run.id'",
-        "source_id Int64 COMMENT 'source.id'",
-        "step Int64 CODEC(Delta, LZ4) COMMENT 'a step that the source recorded'",
-    ]
-    order = f"(run_id, intDiv(step, {STEPS_A_BLOCK}), slot, source_id, step)"
-    partition = f"intDiv(run_id, {RUNS_A_PARTITION})"
-    statements = [
-        _table(STATS, cluster, stats, version="seq", order=order, partition=partition),
-        _table(STATS_STEP, cluster, steps, version="", order="(source_id, step)", partition=None),
-    ]
-    if cluster:
-        statements += [_distributed(STATS, cluster), _distributed(STATS_STEP, cluster)]
-    return statements
+    """The statements that create what is not there, in their order; the last one makes the view anew."""
+    return [_table(cluster), *([_distributed(cluster)] if cluster else []), _view(cluster)]
 
 
-def missing_columns(table: str, cluster: str | None, known: Collection[str]) -> list[str]:
-    """The statements that add to `table` the fields that are not among its `known` columns."""
+def missing_columns(cluster: str | None, known: Collection[str]) -> list[str]:
+    """The statements that add the fields that are not among the `known` columns."""
     return [
-        f"ALTER TABLE {table}{_on(cluster)} ADD COLUMN IF NOT EXISTS {_field_column(field.name)}"
+        f"ALTER TABLE {table}{_on(cluster)} ADD COLUMN IF NOT EXISTS {_column(field)}"
+        for table in dict.fromkeys((local(cluster), STATS_BY_STEP))
         for field in FIELDS
         if field.name not in known
     ]
 
 
-def tune(table: str, cluster: str | None, known: Collection[str]) -> list[str]:
+def tune(cluster: str | None, known: Collection[str]) -> list[str]:
     """The statements that set what makes merges and inserts cheap, of the table settings that this server has.
 
     Rows are merged in one step into parts 20 times as large, not in two: each row is written anew half as often.
     Statistics of each column are for the planner; our queries name the key.
     """
     return [
-        f"ALTER TABLE {local(table, cluster)}{_on(cluster)} MODIFY SETTING {name} = {value}"
+        f"ALTER TABLE {local(cluster)}{_on(cluster)} MODIFY SETTING {name} = {value}"
         for name, value in _TUNED.items()
         if name in known
     ]
 
 
-def local(table: str, cluster: str | None) -> str:
+def local(cluster: str | None) -> str:
     """The table that holds the rows: in a cluster each server's own part."""
-    return f"{table}_local" if cluster else table
+    return f"{STATS_BY_STEP}_local" if cluster else STATS_BY_STEP
 
 
-def _field_column(name: str) -> str:
-    field = next(field for field in FIELDS if field.name == name)
+def _column(field: Field) -> str:
     comment = f"{field.definition} ({field.unit})".replace("\\", "\\\\").replace("'", "\\'")
     codec = "LZ4" if field.dtype.startswith("float") else "T64, LZ4"
-    return f"{name} Nullable({TYPES[field.dtype]}) CODEC({codec}) COMMENT '{comment}'"
+    return f"{field.name} Array({TYPES[field.dtype]}) CODEC({codec}) COMMENT '{comment}'"
 
 
-def _table(
-    name: str, cluster: str | None, columns: list[str], *, version: str, order: str, partition: str | None
-) -> str:
-    engine = f"ReplacingMergeTree({version})"
+def _table(cluster: str | None) -> str:
+    columns = [
+        "run_id Int64 CODEC(Delta, LZ4) COMMENT 'run.id'",
+        "source_id Int64 CODEC(Delta, LZ4) COMMENT 'source.id'",
+        "step Int64 CODEC(Delta, LZ4) COMMENT 'optimizer step'",
+        "seq Int64 CODEC(Delta, LZ4) COMMENT 'number of the batch; of two that have a slot the higher counts'",
+        "slot Array(Int32) CODEC(Delta(4), LZ4) COMMENT 'slot.slot, ascending; a field has as many values, or none'",
+        *map(_column, FIELDS),
+    ]
+    engine = "ReplacingMergeTree"
     settings = {"fsync_after_insert": 1, "fsync_part_directory": 1}  # an insert that returned is on disk
     settings["min_bytes_for_wide_part"] = 64 << 20  # an insert is one file of columns to sync, not thirty
+    settings["index_granularity_bytes"] = 2 << 20  # what is read at least: a dozen steps of 1,680 tensors
     if cluster:
-        arguments = ", ".join(filter(None, ["'/clickhouse/tables/{shard}/{database}/{table}'", "'{replica}'", version]))
-        engine = f"ReplicatedReplacingMergeTree({arguments})"
+        engine = "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/{database}/{table}', '{replica}')"
         settings["replicated_deduplication_window"] = _INSERTS_REMEMBERED
     else:
         settings["non_replicated_deduplication_window"] = _INSERTS_REMEMBERED
     lines = [
-        f"CREATE TABLE IF NOT EXISTS {local(name, cluster)}{_on(cluster)} (",
+        f"CREATE TABLE IF NOT EXISTS {local(cluster)}{_on(cluster)} (",
         ",\n".join(f"    {column}" for column in columns),
         ")",
         f"ENGINE = {engine}",
-        *([f"PARTITION BY {partition}"] if partition else []),
-        f"ORDER BY {order}",
+        f"PARTITION BY intDiv(run_id, {RUNS_A_PARTITION})",
+        "ORDER BY (run_id, source_id, step, seq)",
         "SETTINGS " + ", ".join(f"{key} = {value}" for key, value in settings.items()),
     ]
     return "\n".join(lines)
 
 
-def _distributed(name: str, cluster: str) -> str:
+def _distributed(cluster: str | None) -> str:
     """By source, so that a batch goes to one shard whole."""
     return (
-        f"CREATE TABLE IF NOT EXISTS {name}{_on(cluster)} AS {local(name, cluster)}\n"
-        f"ENGINE = Distributed('{cluster}', currentDatabase(), {local(name, cluster)}, source_id)"
+        f"CREATE TABLE IF NOT EXISTS {STATS_BY_STEP}{_on(cluster)} AS {local(cluster)}\n"
+        f"ENGINE = Distributed('{cluster}', currentDatabase(), {local(cluster)}, source_id)"
+    )
+
+
+def _view(cluster: str | None) -> str:
+    """A row for each tensor; NaN and what its batch did not have are null."""
+    names = ", ".join(field.name for field in FIELDS)
+    whole = []
+    for field in FIELDS:
+        known = field.name
+        if TYPES[field.dtype].startswith("Float"):
+            known = f"arrayMap(value -> if(isNaN(value), NULL, value), {field.name})"
+        whole.append(f"if(empty({field.name}), arrayWithConstant(length(slot), NULL), {known}) AS {field.name}")
+    return (
+        f"CREATE OR REPLACE VIEW {STATS}{_on(cluster)} AS\n"
+        f"SELECT run_id, source_id, step, slot, seq, {names}\n"
+        f"FROM (SELECT run_id, source_id, step, seq, slot, {', '.join(whole)} FROM {STATS_BY_STEP} FINAL)\n"
+        f"ARRAY JOIN slot, {names}"
     )
 
 

@@ -42,8 +42,9 @@ IDLE_S = 60.0  # without a byte from or to a client
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 64 << 20  # of a format that has to be complete before it is sent
 LIMITS = {
-    "final": 1,
     "max_threads": 1,
+    "max_read_buffer_size": 1 << 17,  # of each column of each part: a megabyte otherwise
+    "query_plan_execute_functions_after_sorting": 0,  # it would sort whole arrays of which one value is wanted
     "max_memory_usage": 256 << 20,
     "max_bytes_before_external_sort": 128 << 20,
     "max_bytes_before_external_group_by": 128 << 20,

@@ -26,6 +26,9 @@ from fp8scope_collector.storage.stats_store import StorageError
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
 _TRIES = 3  # in a row, of chDB to start while nobody has the folder: somebody may have had it for a moment
 _MERGES_NICE = 10
+_KEEPS = (
+    "narenas:1,dirty_decay_ms:500,muzzy_decay_ms:0"  # of memory that it has freed, chDB's allocator (docs/adr/0086)
+)
 
 
 class Database:
@@ -36,6 +39,8 @@ class Database:
         self.url = url
         self.folder = Path(str(url.database)).absolute() if url.get_backend_name() == "chdb" else None
         self.shown = url.render_as_string(hide_password=True)
+        if self.folder:
+            os.environ.setdefault("JE_MALLOC_CONF", _KEEPS)  # read when chDB is imported
         self._engine = sa.create_engine(
             sa.URL.create("clickhousedb", database="default").update_query_dict(
                 {"interface": "chdb", "path": str(self.folder)}

@@ -58,7 +58,10 @@ def lives_of(connection: sa.Connection, run_id: int) -> list[Life]:
 
 
 def owned_spans(lives: Sequence[Life], first_step: int = FIRST_STEP, last_step: int = LAST_STEP) -> list[Span]:
-    """The steps that each life owns within [first_step, last_step]; every step of a rank has at most one owner."""
+    """The steps that each life owns within [first_step, last_step]; every step of a rank has at most one owner.
+
+    Sorted by source: so they are stored.
+    """
     spans: list[Span] = []
     taken: dict[int, list[tuple[int, int]]] = {}
     for life in sorted(lives, key=lambda life: -life.incarnation):
@@ -68,7 +71,7 @@ def owned_spans(lives: Sequence[Life], first_step: int = FIRST_STEP, last_step: 
             if start <= end:
                 spans.append(Span(life.source_id, life.incarnation, start, end))
         newer.append((life.first_step, life.last_step))
-    return spans
+    return sorted(spans, key=lambda span: (span.source_id, span.first_step))
 
 
 def history(spans: Sequence[Span], epochs: dict[int, int] | None = None) -> sa.CTE:
