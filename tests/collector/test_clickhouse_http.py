@@ -10,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from clickhouse_connect.driver.httputil import get_pool_manager
 
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.storage import clickhouse_http
+from fp8scope_collector.storage import clickhouse_http, clickhouse_reach
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
 from fp8scope_collector.storage.clickhouse_http import OFFER, USER, Offer, find, holder
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
@@ -216,7 +217,9 @@ def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
     wire: Any,
     run: Callable[..., Any],
     free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(clickhouse_reach, "HOLD_S", 0.5)
     collector, opening = start_collector(url), wire.open()
     stream = connect(collector.grpc, opening)
     stream.send(stats=wire.stats(1, wire.columns(1)))
@@ -228,18 +231,41 @@ def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
         assert (tmp_path / "stats" / OFFER).exists(), "nobody was there to remove it"
 
         assert steps(reader) == [1], "the folder is nobody's, and was opened"
+        assert holder(tmp_path / "stats") == os.getpid(), "and is kept for what will be asked next"
+        deadline = time.monotonic() + 10
+        while holder(tmp_path / "stats") is not None:
+            assert time.monotonic() < deadline, "for ever"
+            time.sleep(0.05)
 
         examined = run("doctor", "--db", url, "--grpc", f"127.0.0.1:{free_port()}", fails=True).stdout
         assert re.search(r"ok: statistics in .*/stats can be read \(.* KiB\); no process has the folder\n", examined)
         assert f"are free below '{tmp_path}/stats'" in examined
-        assert holder(tmp_path / "stats") is None, "and closed, since a collector may want it"
-        again = start_collector(url)
+        with asking_all_the_while(reader):
+            again = start_collector(url)
         stream = connect(again.grpc, opening)
         stream.send(stats=wire.stats(2, wire.columns(2)))
         stream.wait_ack(2)
         assert steps(reader) == [1, 2]
         assert again.terminate() == 0
     assert not (tmp_path / "stats" / OFFER).exists()
+
+
+@contextlib.contextmanager
+def asking_all_the_while(reader: Reader) -> Iterator[None]:
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(StorageError):  # the collector starts
+                steps(reader)
+
+    with ThreadPoolExecutor() as other:
+        asking = other.submit(ask)
+        try:
+            yield
+        finally:
+            stop.set()
+        asking.result()
 
 
 def test_a_collector_ends_in_time_although_a_query_runs(

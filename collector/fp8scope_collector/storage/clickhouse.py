@@ -54,7 +54,7 @@ class ClickHouseStats:
     """The table `stats_by_step` of one ClickHouse database or chDB folder; see `StatsStore`.
 
     Nothing is opened before it is needed. A chDB folder is this process's from `migrate`, or the first change, to
-    `close`; what only reads has it for no longer than a query, or reads through the process that has it.
+    `close`; what only reads has it for seconds, or reads through the process that has it.
     """
 
     pace = Pace(  # each insert is a part that has to be merged
@@ -174,10 +174,15 @@ class ClickHouseStats:
         """The newest `count` recorded steps of a source, descending; reads no statistics."""
         if not (runs := self._runs(connection, [source_id])):
             return []
-        query = sa.select(_row.step).distinct().where(_row.run_id == runs[source_id], _row.source_id == source_id)
+        query = sa.select(_row.step).where(_row.run_id == runs[source_id], _row.source_id == source_id)
+        most = count
         with self._database.client() as client:
-            found = client.query(self._sql(query.order_by(_row.step.desc()).limit(count)))
-            return [row[0] for row in found.result_rows]
+            while True:  # more of them where steps came in several batches; `distinct` would read all steps
+                found = client.query(self._sql(query.order_by(_row.step.desc()).limit(most))).result_rows
+                steps = list(dict.fromkeys(step for (step,) in found))[:count]
+                if len(steps) == count or len(found) < most:
+                    return steps
+                most *= 2
 
     def steps(self, connection: sa.Connection, spans: Sequence[Span]) -> list[tuple[int, int]]:
         """The recorded steps of the spans as (source id, step); reads no statistics."""

@@ -1,7 +1,8 @@
 """Reaches a ClickHouse database, or a chDB folder that another process may have; for the store in `clickhouse`.
 
-A chDB folder is one process's from the first change to `close`. Whoever only reads has it for no longer than a query,
-since a collector may want it, or else reads through the process that has it (`clickhouse_http`, docs/adr/0084).
+A chDB folder is one process's from the first change to `close`. Whoever only reads has it for seconds, and then leaves
+it alone for a moment, since a collector may want it; or reads through the process that has it (`clickhouse_http`,
+docs/adr/0084).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from urllib3.exceptions import HTTPError
 from fp8scope_collector.storage.clickhouse_http import USER, Offer, find, holder
 from fp8scope_collector.storage.stats_store import StorageError
 
+HOLD_S = 2.0  # that a chDB folder is kept to read: opening it takes a fifth of a second
+GAP_S = 0.2  # after that it is whose it may: who wants it looks twenty times a second
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
 _TRIES = 3  # in a row, of chDB to start while nobody has the folder: somebody may have had it for a moment
 _MERGES_NICE = 10
@@ -52,6 +55,10 @@ class Database:
         self._own = self.folder is None  # whether the pool of `_engine` may keep connections
         self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder
         self._finding = threading.Lock()
+        self._holding = threading.Lock()
+        self._hold = 0  # number of the time for which the folder is kept to read
+        self._is_held = False
+        self._free_since = -GAP_S
 
     @contextlib.contextmanager
     def client(self, *, changing: bool = False) -> Iterator[Any]:
@@ -61,13 +68,14 @@ class Database:
             StorageError: the database cannot be reached or changed, or what ClickHouse says is wrong.
         """
         with self._connection(changing) as connection:
+            hold = self._hold
             try:
                 yield connection.connection.driver_connection.client  # type: ignore[union-attr]  # the dialect's
             except (ClickHouseError, HTTPError) as error:
                 raise self._unavailable(error) from error
             finally:
-                if not self._own and connection.engine is self._engine:
-                    connection.invalidate()  # a collector may want the folder
+                if not self._own and connection.engine is self._engine and hold != self._hold:
+                    connection.invalidate()  # it took longer than the folder was to be kept
 
     def close(self) -> None:
         """Closes the connections, and leaves a chDB folder to others."""
@@ -107,6 +115,8 @@ class Database:
             if pid is None:
                 self._check()
             if pid in (None, os.getpid()):
+                if not changing:
+                    self._keep()
                 return self._engine
             offer = find(self.folder, pid)
         except PermissionError as error:
@@ -127,6 +137,23 @@ class Database:
                     self._through[1].dispose()
                 self._through = offer, _engine_through(offer)
             return self._through[1]
+
+    def _keep(self) -> None:
+        """Keeps the folder for what else will be read, and lets go of it in time."""
+        with self._holding:
+            if not self._is_held:
+                time.sleep(max(0.0, self._free_since + GAP_S - time.monotonic()))
+                self._is_held = True
+                timer = threading.Timer(HOLD_S, self._let_go)
+                timer.daemon = True
+                timer.start()
+
+    def _let_go(self) -> None:
+        with self._holding:
+            self._hold, self._is_held = self._hold + 1, False
+            if not self._own:
+                self._engine.dispose()
+            self._free_since = time.monotonic()
 
     def _check(self) -> None:
         """Sees that chDB may open the folder: it would make one that is not there, and gives no reason for a failure.
