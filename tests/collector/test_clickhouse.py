@@ -28,6 +28,7 @@ from fp8core.records import FIELDS
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
+from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
 from fp8scope_collector.storage.clickhouse_block import rows_of
 from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns, tune
@@ -122,6 +123,57 @@ def test_the_view_has_a_row_for_each_tensor_as_the_reader_has(chdb: Beside, wire
     found = chdb.sql(f"SELECT {', '.join(names)} FROM stats ORDER BY step, slot")
     assert found == [tuple(row[name] for name in names) for row in rows.to_pylist()]
     assert len(found) == 12
+
+
+def test_rows_of_several_blocks_of_slots_come_by_step_and_slot_and_the_last_one_counts(chdb: Beside) -> None:
+    number = np.array([*range(300), 700, 511, 512])  # of the slots in the run, by wire id
+    sources = [
+        dataclasses.replace(chdb.source, id=chdb.source.id + i, run_slot=number, role=np.zeros(303, np.int8))
+        for i in (0, 1)
+    ]
+    chance = np.random.default_rng(3)
+    expected: dict[tuple[int, int, int], tuple[float, int | None]] = {}
+    batches = []
+    for seq in (1, 2, 3):
+        for source in sources:
+            step = chance.integers(3 * seq, 3 * seq + 4, 500)  # a batch of a few steps, in any order, some rows twice
+            slot = chance.integers(0, 303, 500)
+            columns = {"amax": chance.random(500, np.float32)}
+            if seq != 2:
+                columns["overflow"] = chance.integers(0, 9, 500)
+            batches.append(Batch(source, seq, 1, step, slot, columns))
+            counts = columns["overflow"].tolist() if seq != 2 else [None] * 500
+            for row in zip(step.tolist(), number[slot].tolist(), columns["amax"].tolist(), counts, strict=True):
+                expected[source.id, row[0], row[1]] = row[2:]
+    batches.sort(key=lambda batch: (batch.source.id, batch.seq))
+    chdb.write(*batches[:4])
+    chdb.write(*batches[4:])
+
+    engine = chdb.engine
+    with engine.begin() as connection:  # the second source is a row of the database, too
+        row = connection.execute(sa.select(schema.source)).mappings().one()
+        values = dict(row) | {"id": sources[1].id, "rank": 7, "source_uuid": "another"}
+        connection.execute(sa.insert(schema.source).values(values))
+    spans = [Span(sources[1].id, 1, 4, 10), Span(sources[0].id, 1, 0, 8)]
+    for order in (spans, spans[::-1]):
+        for slots in (None, [700], [3, 299], [511, 0, 700, 255]):
+            with engine.connect() as connection:
+                found = chdb.store.rows(connection, order, ["amax", "overflow"], slots=slots, batch_rows=170)
+                rows = [tuple(row.values()) for batch in found for row in batch.to_pylist()]
+            assert rows == [
+                (*key, *expected[key])
+                for span in order
+                for key in sorted(expected)
+                if key[0] == span.source_id and span.first_step <= key[1] <= span.last_step
+                if slots is None or key[2] in slots
+            ]
+    with engine.connect() as connection:
+        steps = sorted({key[1] for key in expected if key[0] == sources[1].id}, reverse=True)
+        assert chdb.store.last_steps(connection, sources[1].id, 4) == steps[:4]
+        assert chdb.store.last_steps(connection, sources[1].id, 99) == steps
+    with engine.begin() as connection:
+        below = sum(key[0] == sources[1].id and key[1] < 6 for key in expected)
+        assert chdb.store.prune(connection, sources[1].id, 6) == below
 
 
 @pytest.mark.parametrize("most", [1, 4, 100])  # rows at a time
@@ -308,9 +360,10 @@ def test_a_column_that_an_older_version_did_not_have_is_added(chdb: Beside) -> N
 
     chdb.store.migrate()
 
+    names = [field.name for field in FIELDS]
     for table in ("stats_by_step", "stats"):
         columns = [row[0] for row in chdb.sql(f"DESCRIBE TABLE {table}")]
-        assert set(columns) == {"run_id", "source_id", "step", "slot", "seq", *(field.name for field in FIELDS)}
+        assert set(columns) - {"slot_block"} == {"run_id", "source_id", "step", "slot", "seq", *names}
 
 
 def test_deleting_gives_the_space_back(chdb: Beside, wire: Any) -> None:

@@ -1,8 +1,8 @@
 """Statistics in ClickHouse, or in chDB, which is ClickHouse inside this process; everything else stays relational.
 
-Both speak the same SQL through clickhouse-connect. What a batch brought of a step is one row there, with an array for
-each field (docs/adr/0086), and has the batch's number, so that the data itself says what is there: a batch comes again
-after a crash between ClickHouse's insert and the relational commit, and is looked up before it is written
+Both speak the same SQL through clickhouse-connect. What a batch brought of a step and 256 slots is one row there, with
+an array for each field (docs/adr/0086), and has the batch's number, so that the data itself says what is there: a batch
+comes again after a crash between ClickHouse's insert and the relational commit, and is looked up before it is written
 (docs/adr/0036). Blocks are large, each touches one partition and carries a token; what two collectors on both sides of
 a partition may still write twice is one row for whoever reads.
 
@@ -27,26 +27,26 @@ from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.clickhouse_block import Block, Blocks, rows_of
 from fp8scope_collector.storage.clickhouse_ddl import (
     RUNS_A_PARTITION,
+    SLOTS_A_BLOCK,
     STATS_BY_STEP,
     create_tables,
     local,
     missing_columns,
     tune,
 )
-from fp8scope_collector.storage.clickhouse_http import ReadService
+from fp8scope_collector.storage.clickhouse_http import ROWS_AT_ONCE, ReadService
 from fp8scope_collector.storage.clickhouse_reach import Database, merge_when_idle
-from fp8scope_collector.storage.history import Span, int_div
+from fp8scope_collector.storage.history import LAST_STEP, Span, int_div
 from fp8scope_collector.storage.stats_store import Pace
 
 _row = sa.table(
     STATS_BY_STEP,
-    *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "step", "seq")),
+    *(sa.column(name, sa.BigInteger) for name in ("run_id", "source_id", "slot_block", "step", "seq")),
     *(sa.column(name) for name in ("slot", *(field.name for field in FIELDS))),
 ).c
 _SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
 _SPANS = 1000  # of one query: its text has a limit
 _NEAR_STEPS = 256  # between spans of one query: as many steps more of each source cost less than another query
-_STEPS_AT_ONCE = 64  # of all tensors, in memory
 _BATCHES_LOOKED_UP = 64  # in one query
 
 
@@ -161,9 +161,10 @@ class ClickHouseStats:
             return 0
         which = _within(runs[source_id], [span])
         slots = sa.func.length(sa.func.arrayDistinct(sa.func.arrayFlatten(sa.func.groupArray(_row.slot))))
-        each = sa.select(slots.label("rows")).where(which).group_by(_row.run_id, _row.source_id, _row.step).subquery()
+        each = sa.select(slots.label("rows")).where(which)
+        each = each.group_by(_row.run_id, _row.source_id, _row.slot_block, _row.step)
         with self._database.client(changing=True) as client:
-            count = self._sql(sa.select(sa.func.sum(each.c.rows)))
+            count = self._sql(sa.select(sa.func.sum(each.subquery().c.rows)))
             found = client.query(count, settings={"optimize_aggregation_in_order": 1})
             rows = int(found.result_rows[0][0])
         if rows:
@@ -174,15 +175,17 @@ class ClickHouseStats:
         """The newest `count` recorded steps of a source, descending; reads no statistics."""
         if not (runs := self._runs(connection, [source_id])):
             return []
-        query = sa.select(_row.step).where(_row.run_id == runs[source_id], _row.source_id == source_id)
-        most = count
-        with self._database.client() as client:
-            while True:  # more of them where steps came in several batches; `distinct` would read all steps
-                found = client.query(self._sql(query.order_by(_row.step.desc()).limit(most))).result_rows
-                steps = list(dict.fromkeys(step for (step,) in found))[:count]
-                if len(steps) == count or len(found) < most:
-                    return steps
-                most *= 2
+        source = schema.source.c
+        last_step = connection.scalar(sa.select(source.last_step).where(source.id == source_id))
+        within = LAST_STEP + 1 if last_step is None else _NEAR_STEPS  # of the last one: there they are, or further away
+        while True:
+            span = Span(source_id, 0, max(0, (last_step or LAST_STEP) - within + 1), LAST_STEP)
+            query = sa.select(_row.step).distinct().where(_within(runs[source_id], [span]))
+            with self._database.client() as client:
+                found = client.query(self._sql(query.order_by(_row.step.desc()).limit(count))).result_rows
+            if len(found) == count or span.first_step == 0:
+                return [step for (step,) in found]
+            within *= 16
 
     def steps(self, connection: sa.Connection, spans: Sequence[Span]) -> list[tuple[int, int]]:
         """The recorded steps of the spans as (source id, step); reads no statistics."""
@@ -206,28 +209,31 @@ class ClickHouseStats:
     ) -> Iterator[pa.RecordBatch]:
         """The spans' rows, those beside each other by one query; of a row that is there twice the later batch's."""
         runs = self._runs(connection, [span.source_id for span in spans])
-        settings = {"max_block_size": _STEPS_AT_ONCE, "max_bytes_before_external_sort": _SORT_BYTES}
+        settings = {"max_block_size": ROWS_AT_ONCE, "max_bytes_before_external_sort": _SORT_BYTES}
         settings["query_plan_execute_functions_after_sorting"] = 0  # not whole arrays of which one value is wanted
         names = ["slot", *fields]
         shown = [_row[name] for name in names] if slots is None else _of_slots(names, slots)
         for run_id, some in _together(spans, runs):
             query = sa.select(_row.source_id, _row.step, *shown).where(_within(run_id, some))
             if slots is not None:
-                query = query.where(sa.func.hasAny(_row.slot, _literal(list(slots))))
+                blocks = {slot // SLOTS_A_BLOCK for slot in slots}
+                query = query.where(_row.slot_block.in_(sorted(blocks)), sa.func.hasAny(_row.slot, _literal([*slots])))
             if every > 1:
                 firsts = sa.select(_row.source_id, sa.func.min(_row.step)).where(_within(run_id, some))
                 firsts = firsts.group_by(_row.source_id, int_div(_row.step, every))
                 query = query.where(sa.tuple_(_row.source_id, _row.step).in_(firsts))
             sources = [span.source_id for span in some]
             place = _row.source_id if sources == sorted(sources) else _by_source(some, range(len(some)))
-            query = query.order_by(place, _row.step, _row.seq)
+            one_block = slots is not None and len(blocks) == 1  # then this is the table's order
+            query = query.order_by(place, _row.step, *([] if one_block else [_row.slot_block]), _row.seq)
             yield from rows_of(self._blocks_of(query, names, settings), fields, batch_rows)
 
     def _blocks_of(self, query: sa.Select[Any], names: Sequence[str], settings: Mapping[str, int]) -> Iterator[Any]:
         """What the query gives, as it comes: source_id, step, and columns that are called `names`."""
         with self._database.client() as client:
-            free = {name: to for name, to in settings.items() if not client.server_settings[name].readonly}
-            with client.query_arrow_stream(self._sql(query), settings=free) as blocks:
+            free = [f"{name} = {to}" for name, to in settings.items() if not client.server_settings[name].readonly]
+            clause = f" SETTINGS {', '.join(free)}" if free else ""  # as an argument each is a query before and after
+            with client.query_arrow_stream(self._sql(query) + clause) as blocks:
                 for block in blocks:
                     table = pa.Table.from_batches([block]) if isinstance(block, pa.RecordBatch) else pa.table(block)
                     yield from table.rename_columns(["source_id", "step", *names]).to_batches()
@@ -242,14 +248,17 @@ class ClickHouseStats:
     def _look_up(self, client: Any, batches: Sequence[Batch]) -> None:
         """Learns which of these batches, all from sources of which none was missing yet, are stored already.
 
-        A batch is stored whole or not at all, in one part, so one of its steps says it.
+        A batch is stored whole or not at all, in one part, so one of its rows says it.
         """
         for batch in batches:
             self._written.setdefault(batch.source, 0)
-        key = (_row.run_id, _row.source_id, _row.step, _row.seq)
+        key = (_row.run_id, _row.source_id, _row.slot_block, _row.step, _row.seq)
         for start in range(0, len(batches), _BATCHES_LOOKED_UP):
             some = {
-                (batch.source.run_id, batch.source.id, int(batch.step[0]), batch.seq): batch.source
+                (
+                    *(batch.source.run_id, batch.source.id, int(batch.source.run_slot[batch.slot[0]]) // SLOTS_A_BLOCK),
+                    *(int(batch.step[0]), batch.seq),
+                ): batch.source
                 for batch in batches[start : start + _BATCHES_LOOKED_UP]
             }
             query = sa.select(*key).where(sa.tuple_(*key).in_(list(some)))

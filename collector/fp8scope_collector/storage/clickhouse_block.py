@@ -1,8 +1,7 @@
-"""The rows of batches as ClickHouse has them, an array for each field of a step, and back.
+"""The rows of batches as ClickHouse has them, a step's values of a field in an array, and back.
 
 A block is inserted in Native format, which is how ClickHouse itself lays it out, column by column: the server copies
-instead of converting (docs/adr/0083). Making one is copying, too: a batch that has one step is a row as it came
-(docs/adr/0086).
+instead of converting (docs/adr/0083). Making one is copying, too (docs/adr/0086).
 """
 
 from __future__ import annotations
@@ -16,18 +15,19 @@ import pyarrow as pa
 
 from fp8core.records import FIELDS
 from fp8scope_collector.messages import Batch
-from fp8scope_collector.storage.clickhouse_ddl import TYPES
+from fp8scope_collector.storage.clickhouse_ddl import SLOTS_A_BLOCK, TYPES
 from fp8scope_collector.storage.stats_store import row_schema
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Column: TypeAlias = npt.NDArray[Any]
-Block: TypeAlias = tuple[list[str], memoryview]  # names of the columns, and the block
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Block: TypeAlias = tuple[list[str], memoryview]  # of ClickHouse: names of the columns, and the block
 
-_KEY = ("run_id", "source_id", "step", "seq")
-_SLOT = np.int32
+_KEY = ("run_id", "source_id", "slot_block", "step", "seq")
+_SLOT = np.dtype(np.int32)
 _NAMES_BYTES = 64  # of a column, with its type
-_ROW_BYTES = np.dtype(_SLOT).itemsize + sum(np.dtype(field.dtype).itemsize for field in FIELDS)
-_STEP_BYTES = 8 * (len(_KEY) + 1 + len(FIELDS))  # the key, and where the arrays end
+_VALUES_BYTES = _SLOT.itemsize + sum(np.dtype(field.dtype).itemsize for field in FIELDS)
+_ROW_BYTES = 8 * (len(_KEY) + 1 + len(FIELDS))  # the key, and where the arrays end
 
 
 class Blocks:
@@ -37,32 +37,37 @@ class Blocks:
         self._memory = np.empty(0, np.uint8)
 
     def rows(self, batches: Sequence[Batch]) -> Block:
-        """The block of `stats_by_step`, valid until the next: a row for each step of each batch, in the table's order.
+        """The block of `stats_by_step`, valid until the next, in the table's order.
 
-        `batches` are sorted by (source, seq). Of equal (step, slot) of a batch the last one is taken.
+        A batch is a row for each of its steps and blocks of slots. Of its equal (step, slot) the last one is taken.
         """
-        parts = [_Part(batch) for batch in sorted(batches, key=lambda batch: (batch.source.run_id, batch.source.id))]
-        sizes = np.concatenate([part.sizes for part in parts])
+        parts = [_Part(batch) for batch in batches]
+        key = np.concatenate([part.key for part in parts], axis=1)
+        order = np.lexsort(key[::-1])
+        sizes = np.concatenate([part.sizes for part in parts])[order]
+        which = np.repeat(np.arange(len(parts)), [len(part.sizes) for part in parts])[order]
+        ends = np.concatenate([part.sizes.cumsum() for part in parts])[order]
+        cuts = [*zip(which.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)]
         layout = _Layout(self._room(int(sizes.sum()), len(sizes)), len(_KEY) + 1 + len(FIELDS), len(sizes))
-        keys = zip(*(part.key for part in parts), strict=True)
-        for name, values in zip(_KEY, keys, strict=True):
-            layout.add(name, "Int64", values)
-        layout.add("slot", "Array(Int32)", [sizes.cumsum(), *(part.slot for part in parts)])
-        for field in FIELDS:
-            columns = [part.column(field.name) for part in parts]
-            there = [part.sizes if len(column) else 0 * part.sizes for part, column in zip(parts, columns, strict=True)]
-            layout.add(field.name, f"Array({TYPES[field.dtype]})", [np.concatenate(there).cumsum(), *columns])
-        return [*_KEY, "slot", *(field.name for field in FIELDS)], layout.done()
+        for name, values in zip(_KEY, key[:, order], strict=True):
+            layout.add(name, "Int64", [_bytes(values)])
+        columns = [("slot", _SLOT), *((field.name, np.dtype(field.dtype)) for field in FIELDS)]
+        for name, dtype in columns:
+            data = [part.column(name) for part in parts]
+            there = np.array([len(each) > 0 for each in data])[which]
+            pieces = [data[part][start * dtype.itemsize : end * dtype.itemsize] for part, start, end in cuts]
+            layout.add(name, f"Array({TYPES[dtype.name]})", [_bytes((sizes * there).cumsum()), *pieces])
+        return [*_KEY, *(name for name, _ in columns)], layout.done()
 
-    def _room(self, rows: int, steps: int) -> npt.NDArray[np.uint8]:
-        size = (len(_KEY) + 2 + len(FIELDS)) * _NAMES_BYTES + steps * _STEP_BYTES + rows * _ROW_BYTES
+    def _room(self, values: int, rows: int) -> Bytes:
+        size = (len(_KEY) + 2 + len(FIELDS)) * _NAMES_BYTES + rows * _ROW_BYTES + values * _VALUES_BYTES
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
         return self._memory
 
 
 class _Part:
-    """One batch, in the order of steps and slots: `sizes` says how many rows each of its steps has."""
+    """One batch, in the order of steps and slots: `key` is that of its rows, `sizes` how many values each has."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -72,37 +77,39 @@ class _Part:
             order = np.lexsort((slot, step))
             self._order = order[np.append(_ascend(step[order], slot[order]), True)]
             step, slot = step[self._order], slot[self._order]
-        starts = np.flatnonzero(np.diff(step, prepend=-1))
+        block = slot // SLOTS_A_BLOCK
+        starts = np.flatnonzero(np.append(True, (np.diff(step) != 0) | (np.diff(block) != 0)))
         self.sizes = np.diff(starts, append=len(step))
-        source = batch.source
-        self.key = np.full((len(_KEY), len(starts)), [[source.run_id], [source.id], [0], [batch.seq]])
-        self.key[2] = step[starts]
-        self.slot = slot.astype(_SLOT)
+        self.key = np.empty((len(_KEY), len(starts)), np.int64)
+        self.key[0], self.key[1], self.key[4] = batch.source.run_id, batch.source.id, batch.seq
+        self.key[2], self.key[3] = block[starts], step[starts]
+        self._slot = slot.astype(_SLOT)
 
-    def column(self, name: str) -> Column:
-        """A field's values; none where the batch does not have it."""
-        column = self._batch.columns.get(name, np.empty(0))
-        return column if self._order is None or not len(column) else column[self._order]
+    def column(self, name: str) -> Bytes:
+        """The bytes of the slots' numbers or of a field's values; none where the batch does not have it."""
+        column = self._slot if name == "slot" else self._batch.columns.get(name)
+        if column is None:
+            return np.empty(0, np.uint8)
+        return _bytes(column if self._order is None or name == "slot" else column[self._order])
 
 
 class _Layout:
     """One block in Native format, column by column into `memory`."""
 
-    def __init__(self, memory: npt.NDArray[np.uint8], columns: int, rows: int) -> None:
+    def __init__(self, memory: Bytes, columns: int, rows: int) -> None:
         self._memory = memory
         self._end = 0
-        self._say([_number(columns) + _number(rows)])
+        self._say([_number(columns), _number(rows)])
 
-    def add(self, name: str, kind: str, arrays: Sequence[Column]) -> None:
-        """Adds a column, whose data are these arrays one after the other."""
-        self._say([_text(name) + _text(kind), *arrays])
+    def add(self, name: str, kind: str, data: Sequence[Bytes]) -> None:
+        """Adds a column."""
+        self._say([_text(name), _text(kind), *data])
 
     def done(self) -> memoryview:
         """The block's bytes."""
         return self._memory[: self._end].data
 
-    def _say(self, pieces: Sequence[bytes | Column]) -> None:
-        data = [np.frombuffer(piece, np.uint8) if isinstance(piece, bytes) else _bytes(piece) for piece in pieces]
+    def _say(self, data: Sequence[Bytes]) -> None:
         start, self._end = self._end, self._end + sum(map(len, data))
         np.concatenate(data, out=self._memory[start : self._end])
 
@@ -110,44 +117,44 @@ class _Layout:
 def rows_of(blocks: Iterable[pa.RecordBatch], fields: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
     """The rows that blocks of `stats_by_step` hold, as `row_schema(fields)` says, at most so many at a time.
 
-    A block has source_id, step, slot, and the fields, rows of a (source, step) side by side in the order of seq. Of
-    equal (source, step, slot) the last one is given.
+    A block has source_id, step, slot, and the fields; its rows come by source, step, block of slots and seq. Of equal
+    (source, step, slot) the last one is given.
     """
-    held: list[pa.RecordBatch] = []  # of one step, that may go on in the next block
+    held: list[pa.RecordBatch] = []  # until there are so many, and the last step cannot go on in the next block
+    values = 0
     for block in blocks:
-        changes = np.flatnonzero(np.diff(block["source_id"]) | np.diff(block["step"])) + 1
-        first, last = (int(changes[0]), int(changes[-1])) if len(changes) else (block.num_rows, 0)
-        if held and any(held[0][name][0] != block[name][0] for name in ("source_id", "step")):
-            yield from _rows_of(held, fields, most)
-            held = []
-        if held:
-            held.append(block.slice(0, first))
-            if not len(changes):
-                continue
-            yield from _rows_of(held, fields, most)
-            block, last = block.slice(first), last - first
-        yield from _rows_of([block.slice(0, last)], fields, most)
-        held = [block.slice(last)]
-    yield from _rows_of(held, fields, most)
+        held.append(block)
+        values += len(block["slot"].flatten())
+        if values >= most:
+            together = _together(held)
+            changes = np.flatnonzero(np.diff(together["source_id"]) | np.diff(together["step"]))
+            last = int(changes[-1]) + 1 if len(changes) else 0
+            yield from _rows_of(together.slice(0, last), fields, most)
+            held = [together.slice(last)]
+            values = len(held[0]["slot"].flatten()) if last else 0
+    if held:
+        yield from _rows_of(_together(held), fields, most)
 
 
-def _rows_of(blocks: Sequence[pa.RecordBatch], fields: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
-    if not sum(block.num_rows for block in blocks):
+def _together(blocks: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return blocks[0] if len(blocks) == 1 else pa.concat_batches(blocks)
+
+
+def _rows_of(block: pa.RecordBatch, fields: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
+    if not block.num_rows:
         return
-    table = pa.Table.from_batches(blocks).combine_chunks().to_batches()[0]
-    sizes = _sizes(table["slot"])
-    source, step = (np.asarray(table[name]) for name in ("source_id", "step"))
-    slot = _values(table["slot"])
-    key = [np.repeat(source, sizes), np.repeat(step, sizes), slot.astype(np.int64)]
+    source, step = (np.asarray(block[name]) for name in ("source_id", "step"))
+    sizes, slot = _sizes(block["slot"]), _values(block["slot"])
+    which = np.repeat(np.cumsum(np.append(0, (np.diff(source) != 0) | (np.diff(step) != 0))), sizes)
     order = None
-    if (~np.diff(source).astype(bool) & ~np.diff(step).astype(bool)).any():  # a step of several batches
-        which = np.repeat(np.cumsum(np.append(True, np.diff(source) | np.diff(step)) != 0), sizes)
+    if not _ascend(which, slot).all():  # a row was sent again
         order = np.lexsort((slot, which))
         order = order[np.append(_ascend(which[order], slot[order]), True)]
     layout = row_schema(fields)
+    key = [np.repeat(source, sizes), np.repeat(step, sizes), slot.astype(np.int64)]
     columns = [pa.array(each if order is None else each[order]) for each in key]
     for name in fields:
-        values, there = _values(table[name]), _sizes(table[name]) == sizes
+        values, there = _values(block[name]), _sizes(block[name]) == sizes
         null = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
         if not there.all():
             whole = np.repeat(there, sizes)
@@ -182,19 +189,19 @@ def _ascend(step: Column, slot: Column) -> npt.NDArray[np.bool_]:
     return below
 
 
-def _bytes(column: Column) -> npt.NDArray[np.uint8]:
+def _bytes(column: Column) -> Bytes:
     return np.ascontiguousarray(column, column.dtype.newbyteorder("<")).view(np.uint8)
 
 
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return _number(len(data)) + data
+def _text(text: str) -> Bytes:
+    data = np.frombuffer(text.encode(), np.uint8)
+    return np.concatenate([_number(len(data)), data])
 
 
-def _number(number: int) -> bytes:
+def _number(number: int) -> Bytes:
     """As ClickHouse writes lengths: seven bits a byte, the lowest first."""
-    data = bytearray()
+    data = []
     while number > 0x7F:
         data.append(number & 0x7F | 0x80)
         number >>= 7
-    return bytes([*data, number])
+    return np.array([*data, number], np.uint8)

@@ -1,7 +1,7 @@
 """ClickHouse's tables as SQL: of one server, of chDB, or of a cluster with shards and replicas.
 
-A row of `stats_by_step` is what one batch brought of one step, an array for each field (docs/adr/0086). `stats` is a
-view that has a row for each tensor, for whoever asks in SQL.
+A row of `stats_by_step` is what one batch brought of one step and 256 slots, an array for each field (docs/adr/0086).
+`stats` is a view that has a row for each tensor, for whoever asks in SQL.
 
 A cluster has the rows in `stats_by_step_local`, replicated within each shard, and `stats_by_step` distributes over the
 shards by source. `fp8scope clickhouse-ddl` prints this for whoever creates tables by hand; a collector executes the
@@ -17,6 +17,7 @@ from fp8core.records import FIELDS, Field
 STATS_BY_STEP = "stats_by_step"
 STATS = "stats"
 RUNS_A_PARTITION = 100
+SLOTS_A_BLOCK = 256
 
 TYPES = {"float32": "Float32", "float64": "Float64", "int32": "Int32", "int64": "Int64", "uint64": "Int64"}
 _TUNED = {"auto_statistics_types": "''", "merge_selector_base": "20", "merge_max_block_size_bytes": str(1 << 20)}
@@ -66,6 +67,7 @@ def _table(cluster: str | None) -> str:
     columns = [
         "run_id Int64 CODEC(Delta, LZ4) COMMENT 'run.id'",
         "source_id Int64 CODEC(Delta, LZ4) COMMENT 'source.id'",
+        f"slot_block Int64 CODEC(Delta, LZ4) COMMENT 'slot / {SLOTS_A_BLOCK}'",
         "step Int64 CODEC(Delta, LZ4) COMMENT 'optimizer step'",
         "seq Int64 CODEC(Delta, LZ4) COMMENT 'number of the batch; of two that have a slot the higher counts'",
         "slot Array(Int32) CODEC(Delta(4), LZ4) COMMENT 'slot.slot, ascending; a field has as many values, or none'",
@@ -74,7 +76,7 @@ def _table(cluster: str | None) -> str:
     engine = "ReplacingMergeTree"
     settings = {"fsync_after_insert": 1, "fsync_part_directory": 1}  # an insert that returned is on disk
     settings["min_bytes_for_wide_part"] = 64 << 20  # an insert is one file of columns to sync, not thirty
-    settings["index_granularity_bytes"] = 2 << 20  # what is read at least: a dozen steps of 1,680 tensors
+    settings["index_granularity_bytes"] = 512 << 10  # what is read at least: two dozen steps of a block of slots
     if cluster:
         engine = "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/{database}/{table}', '{replica}')"
         settings["replicated_deduplication_window"] = _INSERTS_REMEMBERED
@@ -86,7 +88,7 @@ def _table(cluster: str | None) -> str:
         ")",
         f"ENGINE = {engine}",
         f"PARTITION BY intDiv(run_id, {RUNS_A_PARTITION})",
-        "ORDER BY (run_id, source_id, step, seq)",
+        "ORDER BY (run_id, source_id, slot_block, step, seq)",
         "SETTINGS " + ", ".join(f"{key} = {value}" for key, value in settings.items()),
     ]
     return "\n".join(lines)

@@ -41,8 +41,10 @@ DRAIN_S = 1.0  # that a query has when the collector ends
 IDLE_S = 60.0  # without a byte from or to a client
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 64 << 20  # of a format that has to be complete before it is sent
+ROWS_AT_ONCE = 256  # of 256 values in each field
 LIMITS = {
     "max_threads": 1,
+    "max_block_size": ROWS_AT_ONCE,
     "max_read_buffer_size": 1 << 17,  # of each column of each part: a megabyte otherwise
     "query_plan_execute_functions_after_sorting": 0,  # it would sort whole arrays of which one value is wanted
     "max_memory_usage": 256 << 20,
