@@ -177,7 +177,7 @@ class ClickHouseStats:
             return []
         source = schema.source.c
         last_step = connection.scalar(sa.select(source.last_step).where(source.id == source_id))
-        within = LAST_STEP + 1 if last_step is None else _NEAR_STEPS  # of the last one: there they are, or further away
+        within = LAST_STEP + 1 if last_step is None else 4 * count  # of the last one: there they are, or further away
         while True:
             span = Span(source_id, 0, max(0, (last_step or LAST_STEP) - within + 1), LAST_STEP)
             query = sa.select(_row.step).distinct().where(_within(runs[source_id], [span]))
