@@ -18,6 +18,8 @@ from typing import Any
 
 import psycopg
 
+from fp8scope_collector.storage.engine import open_engine, open_stats
+
 ENGINES = ("sqlite", "postgresql", "clickhouse")
 
 
@@ -55,11 +57,17 @@ def database(engine: str, keep: Path | None = None) -> Iterator[Database]:
             yield Database(url, lambda: _postgresql_bytes(url), folder)
         else:
             stats = f"?stats=chdb:///{folder}/stats" if engine == "clickhouse" else ""
-            yield Database(f"sqlite:///{folder}/bench.db{stats}", lambda: _bytes_below(folder), folder)
+            url = f"sqlite:///{folder}/bench.db{stats}"
+            yield Database(url, lambda: (folder / "bench.db").stat().st_size + _statistics_bytes(url), folder)
 
 
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-wal"))
+def _statistics_bytes(url: str) -> int:
+    """What is beside the relational database; parts that were merged into others stay for minutes and do not count."""
+    engine = open_engine(url, read_only=True)
+    with contextlib.closing(open_stats(engine)) as store:
+        size: int = store.size_bytes()
+    engine.dispose()
+    return size
 
 
 @contextlib.contextmanager

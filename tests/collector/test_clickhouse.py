@@ -152,7 +152,7 @@ def test_rows_of_several_blocks_of_slots_come_by_step_and_slot_and_the_last_one_
     engine = chdb.engine
     with engine.begin() as connection:  # the second source is a row of the database, too
         row = connection.execute(sa.select(schema.source)).mappings().one()
-        values = dict(row) | {"id": sources[1].id, "rank": 7, "source_uuid": "another"}
+        values = dict(row) | {"id": sources[1].id, "rank": 7, "source_uuid": "another", "last_step": 12}
         connection.execute(sa.insert(schema.source).values(values))
     spans = [Span(sources[1].id, 1, 4, 10), Span(sources[0].id, 1, 0, 8)]
     for order in (spans, spans[::-1]):

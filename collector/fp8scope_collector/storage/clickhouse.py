@@ -36,7 +36,7 @@ from fp8scope_collector.storage.clickhouse_ddl import (
 )
 from fp8scope_collector.storage.clickhouse_http import ROWS_AT_ONCE, ReadService
 from fp8scope_collector.storage.clickhouse_reach import Database, merge_when_idle
-from fp8scope_collector.storage.history import LAST_STEP, Span, int_div
+from fp8scope_collector.storage.history import Span, int_div
 from fp8scope_collector.storage.stats_store import Pace
 
 _row = sa.table(
@@ -60,7 +60,7 @@ class ClickHouseStats:
     pace = Pace(  # each insert is a part that has to be merged
         group_rows=131_072, rows_under_way=393_216, under_way_s=0.6, window=64, pause_s=0.2, rollup_rows=1_048_576
     )
-    in_pieces = False  # a few rows cost as much as all those of their blocks
+    in_pieces = False  # a query costs milliseconds, and holds up nobody
 
     def __init__(self, url: sa.URL) -> None:
         """`url`: chdb:///FOLDER or clickhouse://USER:PASSWORD@HOST:PORT/DATABASE, with ?cluster=NAME for a cluster."""
@@ -173,14 +173,14 @@ class ClickHouseStats:
 
     def last_steps(self, connection: sa.Connection, source_id: int, count: int) -> list[int]:
         """The newest `count` recorded steps of a source, descending; reads no statistics."""
-        if not (runs := self._runs(connection, [source_id])):
-            return []
         source = schema.source.c
-        last_step = connection.scalar(sa.select(source.last_step).where(source.id == source_id))
-        within = LAST_STEP + 1 if last_step is None else 4 * count  # of the last one: there they are, or further away
+        known = sa.select(source.run_id, source.last_step).where(source.id == source_id, source.last_step.is_not(None))
+        if (row := connection.execute(known).one_or_none()) is None:
+            return []
+        within = 4 * count  # steps: there they are, or further back
         while True:
-            span = Span(source_id, 0, max(0, (last_step or LAST_STEP) - within + 1), LAST_STEP)
-            query = sa.select(_row.step).distinct().where(_within(runs[source_id], [span]))
+            span = Span(source_id, 0, max(0, row.last_step - within + 1), row.last_step)
+            query = sa.select(_row.step).distinct().where(_within(row.run_id, [span]))
             with self._database.client() as client:
                 found = client.query(self._sql(query.order_by(_row.step.desc()).limit(count))).result_rows
             if len(found) == count or span.first_step == 0:

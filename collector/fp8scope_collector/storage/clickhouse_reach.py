@@ -191,7 +191,7 @@ class Database:
 def merge_when_idle() -> None:
     """Gives chDB's merges, the threads of this process that are called so, what others leave of the processors.
 
-    They are a quarter of the work, and none of it is urgent; on Linux a thread has a priority of its own.
+    They are a good part of the work, and none of it is urgent; on Linux a thread has a priority of its own.
     """
     for thread in Path("/proc/self/task").glob("*"):
         with contextlib.suppress(OSError):  # it ended, or this is another system
