@@ -106,11 +106,11 @@ def test_rows_are_the_same_as_the_collector_itself_would_read(
     engine = open_engine(url)
     store, through = open_stats(engine), open_stats(engine)
     assert isinstance(through, ClickHouseStats)
-    source = StatsWriter(engine, store).register(decode_open(wire.open(), Limits()), now_unix_ns=1)
-    batch = decode_stats(wire.stats(1, wire.columns(0, steps=20_000)), source, Limits())
+    writer = StatsWriter(engine, store)
+    source = writer.register(decode_open(wire.open(), Limits()), now_unix_ns=1)
+    writer.commit([decode_stats(wire.stats(1, wire.columns(0, steps=20_000)), source, Limits())], now_unix_ns=1)
     spans = [Span(source.id, 1, FIRST_STEP, LAST_STEP)]
     with engine.connect() as connection:
-        store.write(connection, [batch])
         expected = pa.Table.from_batches(store.rows(connection, spans, ["amax", "numel", "sum_sq"]))
         monkeypatch.setattr("fp8scope_collector.storage.clickhouse_reach.holder", lambda folder: 1)
         monkeypatch.setattr("fp8scope_collector.storage.clickhouse_reach.find", lambda folder, pid: offer)
