@@ -7,6 +7,7 @@ Nothing measured is typed in here; what is assumed (models, step times, headroom
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Measured:
     rows_per_s: float
     bytes_per_row: float
     streams: int
+    peak_mib: int
+    diagnosis_mib: int
     machine: str
     month: str
 
@@ -67,7 +70,7 @@ def page(results: dict[str, Any]) -> str:
         jobs="\n".join(row(job, every, measured) for job in JOBS for every in EVERY),
         measured="\n".join(
             f"| {NAMES[each.engine]} | {each.rows_per_s:,.0f} | {each.bytes_per_row:.0f} | {each.streams} "
-            f"| {each.machine}, {each.month} |"
+            f"| {each.peak_mib:,} + {each.diagnosis_mib:,} MiB | {each.machine}, {each.month} |"
             for each in measured.values()
         ),
     )
@@ -87,8 +90,8 @@ weight or grad_output. Bytes a day = rows a second x bytes a row x 86,400.
 
 What one collector with its database took, agents on the same machine too:
 
-| database | rows/s | bytes a row | streams | where |
-|---|---|---|---|---|
+| database | rows/s | bytes a row | streams | memory: collector + diagnosis | where |
+|---|---|---|---|---|---|
 {measured}
 
 ## How it is computed
@@ -113,9 +116,7 @@ def best(lines: dict[str, dict[str, Any]]) -> dict[str, Measured]:
         own = [line for line in lines.values() if line["engine"] == engine]
         if own:
             line = max(own, key=lambda line: line["streams"])
-            found[engine] = Measured(
-                engine, line["rows_per_s"], line["bytes_per_row"], line["streams"], line["machine"], line["month"]
-            )
+            found[engine] = Measured(**{field.name: line[field.name] for field in dataclasses.fields(Measured)})
     return found
 
 

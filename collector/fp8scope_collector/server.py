@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import signal
 import sys
@@ -39,6 +38,7 @@ from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.keeper import Keeper
 from fp8scope_collector.limits import Limits
+from fp8scope_collector.memory import forget_start, keep_one_heap
 from fp8scope_collector.messages import Batch, Opening, Sender, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.engine import display_url, migrate, open_engine, open_stats
@@ -53,7 +53,6 @@ from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
 STREAMS_END_S = 2.5  # from a signal until streams are cut
 ALIVE_S = 0.5  # how often a stream that waits for the database hears that somebody is there
 IN_LINE_S = 1.5  # and one that has nothing under way and waits for its turn: there may be hundreds
-M_ARENA_MAX = -8  # of glibc's malloc.h
 SWITCH_S = 0.0005  # for Python's 5 ms the writer waited for the interpreter after each array, while streams decoded
 WRITER_ENDS_S = 1.0  # from then until what the database did not take is given up; agents send it again
 
@@ -70,8 +69,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         ConfigError: an address is taken, or the certificate cannot be used.
     """
     sys.setswitchinterval(SWITCH_S)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # threads free what others made: heaps of their own kept 170 MiB
+    keep_one_heap()
     certificate = Certificate(config.tls) if config.tls else None
     with contextlib.ExitStack() as closing:
         engine = open_engine(config.db)
@@ -106,6 +104,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
             log.info("serving", tls=certificate is not None, tokens=config.tokens, diagnosis=bool(config.diagnosis))
             if config.diagnosis:
                 companion = Companion(config.diagnosis)
+            forget_start()
             await stop.wait()
             log.info("draining", streams=service.open_streams)
             if companion:
@@ -353,6 +352,7 @@ class TelemetryService(pb_grpc.TelemetryServicer):
                 self._metrics.observe_throttled()
             await self._ingest.put(batch, wire_bytes, lane, more=message.more)
             lane.waits = False
+            del message, batch  # they would lie here until the next comes: of each stream
 
     def _decode(self, message: pb.ClientMessage, kind: str | None, source: Source) -> Batch:
         if kind == "stats":

@@ -228,6 +228,8 @@ def test_tables_are_tuned_where_the_server_knows_the_setting(chdb: Beside) -> No
 
     assert "auto_statistics_types = ''" in made[0]
     assert "merge_selector_base = 20" in made[0]
+    assert "vertical_merge_algorithm_min_rows_to_activate = 1" in made[0]
+    assert "min_columns_to_activate_adaptive_write_buffer = 1" in made[0]
     assert tune(None, ["merge_selector_base"]) == ["ALTER TABLE stats_by_step MODIFY SETTING merge_selector_base = 20"]
     assert tune("gpus", []) == []
 

@@ -181,6 +181,15 @@ def test_a_setting_in_the_address_is_refused_unless_it_is_what_is_set_already(of
     assert ask(readonly="0") == (500, "164")
 
 
+def test_nothing_is_compiled_for_a_query_of_the_collector_or_of_another(store: Any, offer: Offer) -> None:
+    compiled = "'compile_expressions', 'compile_aggregate_expressions', 'compile_sort_description'"
+    values = f"SELECT value FROM system.settings WHERE name IN ({compiled})"
+
+    with store._database.client() as own:
+        assert own.query(values).result_rows == [("0",)] * 3
+    assert client(offer).query(values).result_rows == [("0",)] * 3
+
+
 def test_who_has_not_read_the_file_is_not_let_in(offer: Offer, tmp_path: Path) -> None:
     left = tmp_path / "stats" / OFFER
     assert stat.S_IMODE(left.stat().st_mode) == 0o600

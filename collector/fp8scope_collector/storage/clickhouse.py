@@ -58,7 +58,7 @@ class ClickHouseStats:
     """
 
     pace = Pace(  # each insert is a part that has to be merged
-        group_rows=131_072, rows_under_way=393_216, under_way_s=0.6, window=64, pause_s=0.2, rollup_rows=1_048_576
+        group_rows=131_072, rows_under_way=393_216, under_way_s=0.6, window=64, pause_s=0.2, rollup_rows=524_288
     )
     in_pieces = False  # a query costs milliseconds, and holds up nobody
 

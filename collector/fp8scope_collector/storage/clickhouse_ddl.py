@@ -20,7 +20,13 @@ RUNS_A_PARTITION = 100
 SLOTS_A_BLOCK = 256
 
 TYPES = {"float32": "Float32", "float64": "Float64", "int32": "Int32", "int64": "Int64", "uint64": "Int64"}
-_TUNED = {"auto_statistics_types": "''", "merge_selector_base": "20", "merge_max_block_size_bytes": str(1 << 20)}
+_TUNED = {
+    "auto_statistics_types": "''",
+    "merge_selector_base": "20",
+    "merge_max_block_size_bytes": str(1 << 20),
+    "vertical_merge_algorithm_min_rows_to_activate": "1",
+    "min_columns_to_activate_adaptive_write_buffer": "1",
+}
 _INSERTS_REMEMBERED = 1000  # whose tokens are compared
 
 
@@ -42,8 +48,9 @@ def missing_columns(cluster: str | None, known: Collection[str]) -> list[str]:
 def tune(cluster: str | None, known: Collection[str]) -> list[str]:
     """The statements that set what makes merges and inserts cheap, of the table settings that this server has.
 
-    Rows are merged in one step into parts 20 times as large, not in two: each row is written anew half as often.
-    Statistics of each column are for the planner; our queries name the key.
+    Rows are merged in one step into parts 20 times as large, not in two: each row is written anew half as often. Large
+    parts are merged column after column, which takes a sixth of the memory (docs/adr/0087). Statistics of each column
+    are for the planner; our queries name the key.
     """
     return [
         f"ALTER TABLE {local(cluster)}{_on(cluster)} MODIFY SETTING {name} = {value}"

@@ -21,7 +21,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from clickhouse_connect.driver.httputil import get_pool_manager
 from urllib3.exceptions import HTTPError
 
-from fp8scope_collector.storage.clickhouse_http import USER, Offer, find, holder
+from fp8scope_collector.storage.clickhouse_http import INTERPRETED, USER, Offer, find, holder
 from fp8scope_collector.storage.stats_store import StorageError
 
 HOLD_S = 2.0  # that a chDB folder is kept to read: opening it takes a fifth of a second
@@ -29,8 +29,8 @@ GAP_S = 0.2  # after that it is whose it may: who wants it looks twenty times a 
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
 _TRIES = 3  # in a row, of chDB to start while nobody has the folder: somebody may have had it for a moment
 _MERGES_NICE = 10
-_KEEPS = (
-    "narenas:1,dirty_decay_ms:500,muzzy_decay_ms:0"  # of memory that it has freed, chDB's allocator (docs/adr/0086)
+_KEEPS = (  # of memory that it has freed, chDB's allocator: a tenth of a second, and for each thread small pieces only
+    "narenas:1,dirty_decay_ms:100,muzzy_decay_ms:0,tcache_max:4096"
 )
 
 
@@ -44,13 +44,11 @@ class Database:
         self.shown = url.render_as_string(hide_password=True)
         if self.folder:
             os.environ.setdefault("JE_MALLOC_CONF", _KEEPS)  # read when chDB is imported
-        self._engine = sa.create_engine(
-            sa.URL.create("clickhousedb", database="default").update_query_dict(
-                {"interface": "chdb", "path": str(self.folder)}
-            )
-            if self.folder
-            else url.set(drivername="clickhousedb").difference_update_query(["cluster"])
-        )
+            own = sa.URL.create("clickhousedb", database="default")
+            own = own.update_query_dict({"interface": "chdb", "path": str(self.folder)})
+            self._engine = sa.create_engine(own, connect_args={"chdb_options": INTERPRETED})
+        else:
+            self._engine = sa.create_engine(url.set(drivername="clickhousedb").difference_update_query(["cluster"]))
         self.dialect = self._engine.dialect
         self._own = self.folder is None  # whether the pool of `_engine` may keep connections
         self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder

@@ -173,7 +173,7 @@ def _sqlite_engine(url: sa.URL, read_only: bool) -> sa.Engine:
             connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # a new file's only: what is deleted can shrink it
             _enter_wal(connection)
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA cache_size=-65536")  # 64 MiB
+            connection.execute("PRAGMA cache_size=-16384")  # 16 MiB: 64 were not faster
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
