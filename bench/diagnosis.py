@@ -235,7 +235,7 @@ def pace(steps_per_s: int, seconds: float = 12.0) -> float:
     sent: list[float] = []
 
     def requests() -> Iterator[pb.ClientMessage]:
-        opening = ingest.opening()
+        opening = ingest.opening(rank=0)
         for slot in opening.slots:
             slot.recipe = window.slots[slot.slot].recipe
         yield pb.ClientMessage(open=opening)

@@ -30,6 +30,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,11 +64,12 @@ def main() -> None:
     arguments.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES, help="databases")
     arguments.add_argument("--seconds", type=float, default=6, help="measured time of each line")
     arguments.add_argument("--streams", type=int, nargs="*", default=[1, 8], help="agents; one line for each number")
-    arguments.add_argument("--client", nargs=2, metavar=("ADDRESS", "STREAMS"), help=argparse.SUPPRESS)
+    arguments.add_argument("--client", nargs=3, metavar=("ADDRESS", "FIRST", "RANKS"), help=argparse.SUPPRESS)
     arguments.add_argument("--peers", action="store_true", help="other tools too, in this run")
     options = arguments.parse_args()
     if options.client:
-        print(json.dumps(run_client(options.client[0], int(options.client[1]), options.seconds)))
+        address, first, ranks = options.client
+        print(json.dumps(run_client(address, range(int(first), int(ranks), CLIENTS), options.seconds)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"lines": {}, "peers": []}
     fastest = 0.0
@@ -141,13 +143,15 @@ def measure(engine: str, streams: int, seconds: float, meanwhile: Meanwhile | No
         try:
             found = re.search(r"grpc (\S+),", server.stdout.readline())
             assert found, "the collector did not start"
-            shares = [len(range(client, streams, CLIENTS)) for client in range(min(CLIENTS, streams))]
             clients = [
                 subprocess.Popen(
-                    [sys.executable, __file__, "--seconds", str(seconds), "--client", found[1], str(share)],
+                    [
+                        *(sys.executable, __file__, "--seconds", str(seconds)),
+                        *("--client", found[1], str(client), str(streams)),
+                    ],
                     stdout=subprocess.PIPE,
                 )
-                for share in shares
+                for client in range(min(CLIENTS, streams))
             ]
             with (meanwhile or asking)(target.url), watching(server.pid) as used:
                 results = [json.loads(client.communicate()[0]) for client in clients]
@@ -191,16 +195,16 @@ def peak_mib(process: int) -> int:
     return round(int(found[1]) / 1024)
 
 
-def run_client(address: str, streams: int, seconds: float) -> dict[str, object]:
-    """Sends over `streams` streams until time is up; what was acknowledged within the measured time."""
+def run_client(address: str, ranks: range, seconds: float) -> dict[str, object]:
+    """Sends over a stream for each rank until time is up; what was acknowledged within the measured time."""
     gc.disable()  # hundreds of channels are looked through at each full collection: seconds of a core, all told
-    return asyncio.run(all_streams(address, streams, seconds))
+    return asyncio.run(all_streams(address, ranks, seconds))
 
 
-async def all_streams(address: str, streams: int, seconds: float) -> dict[str, object]:
+async def all_streams(address: str, ranks: range, seconds: float) -> dict[str, object]:
     """Every stream has a connection of its own, as agents have."""
-    window, messages = Window(seconds, streams), Messages()
-    done = await asyncio.gather(*(converse(address, window, messages, stream) for stream in range(streams)))
+    window, messages = Window(seconds, len(ranks)), Messages()
+    done = await asyncio.gather(*(converse(address, window, messages, *each) for each in enumerate(ranks)))
     latencies, times, totals = zip(*done, strict=True)
     return {
         "rows": sum(map(len, latencies)) * ROWS,
@@ -254,7 +258,7 @@ class Window:
 
 
 async def converse(
-    address: str, window: Window, messages: Messages, number: int
+    address: str, window: Window, messages: Messages, number: int, rank: int
 ) -> tuple[list[float], list[float], int]:
     """One agent: latencies of the batches acknowledged in the measured time, when that was, and how many in all."""
     latencies: list[float] = []
@@ -264,7 +268,7 @@ async def converse(
     writing = True
     async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         stream: Any = channel.stream_stream(METHOD, response_deserializer=pb.ServerMessage.FromString)()
-        await stream.write(pb.ClientMessage(open=opening(), more=True).SerializeToString())
+        await stream.write(pb.ClientMessage(open=opening(rank), more=True).SerializeToString())
         while isinstance(message := await stream.read(), pb.ServerMessage):
             now = time.perf_counter()
             if message.window:
@@ -318,27 +322,27 @@ def asking(url: str) -> Iterator[None]:
                 reader.top(run.id, last_steps=1000, limit=20)
                 reader.series(run.id, 0, ["amax", "scale_exp2", "headroom"])
 
-    asker = threading.Thread(target=ask)
-    asker.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        asker.join()
+    with ThreadPoolExecutor(1) as asker:
+        asked = asker.submit(ask)
+        try:
+            yield
+        finally:
+            stop.set()
+        asked.result()  # without a reader the figures are none
 
 
-def opening() -> pb.Open:
+def opening(rank: int) -> pb.Open:
+    """One rank's; two with the same would be lives of one, of which the newer one's steps count."""
     slots = [
         pb.Slot(slot=i, layer=f"blocks.{i // 3}.fc", role=ROLES[i % 3], format="E4M3FN", recipe="AmaxScaling()")
         for i in range(ROWS)
     ]
-    source = uuid.uuid4()
     return pb.Open(
         run="bench",
-        rank=source.int % 2**19,
-        world_size=2**19,
+        rank=rank,
+        world_size=16_384,
         incarnation=1,
-        source_uuid=str(source),
+        source_uuid=str(uuid.uuid4()),
         slots=slots,
         agent_version="bench",
     )

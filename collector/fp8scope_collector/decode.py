@@ -31,6 +31,7 @@ _OUTCOMES = {pb.OUTCOME_FINISHED: "finished", pb.OUTCOME_FAILED: "failed"}
 _INT32 = 2**31 - 1
 BINS = 256  # of a histogram
 _INT64 = 2**63 - 1
+_DECOMPRESSOR = zstandard.ZstdDecompressor(max_window_size=1 << 27)  # for one thread, the event loop's
 
 _Columns = TypeVar("_Columns", pb.StatsColumns, pb.HistogramColumns)
 
@@ -309,9 +310,7 @@ def _unzstd(data: bytes, expected: int) -> bytes:
             raise RefusedError(f"columns decompresses to {claimed} bytes; columns_bytes says {expected}")
         if claimed == -1 and expected == 0:
             raise RefusedError("columns is a compressed frame; columns_bytes says 0")
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
-            data, max_output_size=expected, allow_extra_data=False
-        )
+        return _DECOMPRESSOR.decompress(data, max_output_size=expected, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise RefusedError(f"columns is not one zstd frame of {expected} bytes: {error}") from None
 

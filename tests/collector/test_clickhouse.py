@@ -28,7 +28,7 @@ from fp8core.records import FIELDS
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
-from fp8scope_collector.storage import schema
+from fp8scope_collector.storage import clickhouse, schema
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
 from fp8scope_collector.storage.clickhouse_block import rows_of
 from fp8scope_collector.storage.clickhouse_ddl import create_tables, missing_columns, tune
@@ -209,6 +209,32 @@ def test_rows_are_the_same_wherever_blocks_are_cut(most: int) -> None:
         batches = list(rows_of(blocks, ["amax"], most))
         assert [tuple(row.values()) for batch in batches for row in batch.to_pylist()] == expected, cuts
         assert max(batch.num_rows for batch in batches) <= most
+
+
+@pytest.mark.parametrize(("most", "queries", "of_one_slot"), [(2048, 1, 1), (12, 2, 1), (11, 3, 1), (3, 5, 1)])
+def test_no_query_is_about_more_steps_of_all_tensors_than_can_be_sorted_in_memory(
+    chdb: Beside, wire: Any, monkeypatch: pytest.MonkeyPatch, most: int, queries: int, of_one_slot: int
+) -> None:
+    writer = StatsWriter(chdb.engine, chdb.store)
+    spans = []
+    for rank in range(5):
+        source = writer.register(decode_open(wire.open(rank=rank), Limits()), now_unix_ns=1)
+        chdb.write(decode_stats(wire.stats(1, wire.columns(1, steps=4)), source, Limits()))
+        spans.append(Span(source.id, 1, 1, 4))
+    expected = [(span.source_id, step, slot) for span in spans for step in range(1, 5) for slot in range(6)]
+    asked: list[object] = []
+    ask = chdb.store._blocks_of
+    monkeypatch.setattr(chdb.store, "_blocks_of", lambda *query: asked.append(query) or ask(*query))
+    monkeypatch.setattr(clickhouse, "_STEPS_AT_ONCE", most)
+
+    def read(slots: list[int] | None) -> list[tuple[int, ...]]:
+        with chdb.engine.connect() as connection:
+            found = pa.Table.from_batches(chdb.store.rows(connection, spans, [], slots=slots))
+        return [*zip(*(found[name].to_pylist() for name in ("source_id", "step", "slot")), strict=True)]
+
+    assert (read(None), len(asked)) == (expected, queries)
+    asked.clear()
+    assert (read([2]), len(asked)) == ([row for row in expected if row[2] == 2], of_one_slot)
 
 
 def test_of_absent_and_present_columns_in_one_group_only_absent_ones_are_null(chdb: Beside, wire: Any) -> None:

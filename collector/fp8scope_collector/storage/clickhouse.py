@@ -36,7 +36,7 @@ from fp8scope_collector.storage.clickhouse_ddl import (
 )
 from fp8scope_collector.storage.clickhouse_http import ROWS_AT_ONCE, ReadService
 from fp8scope_collector.storage.clickhouse_reach import Database, merge_when_idle
-from fp8scope_collector.storage.history import Span, int_div
+from fp8scope_collector.storage.history import LAST_STEP, Span, int_div
 from fp8scope_collector.storage.stats_store import Pace
 
 _row = sa.table(
@@ -46,6 +46,7 @@ _row = sa.table(
 ).c
 _SORT_BYTES = 128 << 20  # what does not fit is sorted on disk: an export's memory does not grow with the run
 _SPANS = 1000  # of one query: its text has a limit
+_STEPS_AT_ONCE = 2048  # of all sources, where all tensors are wanted: what is sorted has to fit into memory
 _NEAR_STEPS = 256  # between spans of one query: as many steps more of each source cost less than another query
 _BATCHES_LOOKED_UP = 64  # in one query
 
@@ -213,7 +214,7 @@ class ClickHouseStats:
         settings["query_plan_execute_functions_after_sorting"] = 0  # not whole arrays of which one value is wanted
         names = ["slot", *fields]
         shown = [_row[name] for name in names] if slots is None else _of_slots(names, slots)
-        for run_id, some in _together(spans, runs):
+        for run_id, some in _together(spans, runs, _STEPS_AT_ONCE * every if slots is None else LAST_STEP):
             query = sa.select(_row.source_id, _row.step, *shown).where(_within(run_id, some))
             if slots is not None:
                 blocks = {slot // SLOTS_A_BLOCK for slot in slots}
@@ -309,22 +310,31 @@ class ClickHouseStats:
         )
 
 
-def _together(spans: Sequence[Span], runs: Mapping[int, int]) -> Iterator[tuple[int, list[Span]]]:
-    """The spans in their order with their run: together those of several sources that are about the same steps."""
+def _together(
+    spans: Sequence[Span], runs: Mapping[int, int], most: int = LAST_STEP
+) -> Iterator[tuple[int, list[Span]]]:
+    """The spans in their order with their run: together those of several sources that are about the same steps.
+
+    At most so many steps of all sources are together, or one span.
+    """
     some: list[Span] = []
+    steps = 0
     for span in spans:
         if span.source_id not in runs:
             continue
+        own = span.last_step - span.first_step + 1
         if some and not (
             len(some) < _SPANS
+            and steps + own <= most
             and runs[span.source_id] == runs[some[0].source_id]
             and all(span.source_id != other.source_id for other in some)
             and span.first_step <= max(other.last_step for other in some) + _NEAR_STEPS
             and span.last_step >= min(other.first_step for other in some) - _NEAR_STEPS
         ):
             yield runs[some[0].source_id], some
-            some = []
+            some, steps = [], 0
         some.append(span)
+        steps += own
     if some:
         yield runs[some[0].source_id], some
 

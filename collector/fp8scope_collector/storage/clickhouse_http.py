@@ -41,7 +41,7 @@ DRAIN_S = 1.0  # that a query has when the collector ends
 IDLE_S = 60.0  # without a byte from or to a client
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 64 << 20  # of a format that has to be complete before it is sent
-ROWS_AT_ONCE = 256  # of 256 values in each field
+ROWS_AT_ONCE = 64  # of 256 values in each field: of each part that a query reads there is a block in memory
 INTERPRETED = {  # a compiler and what it compiles are 35 MiB, and answers were not slower without
     "compile_expressions": 0,
     "compile_aggregate_expressions": 0,
