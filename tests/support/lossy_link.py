@@ -12,7 +12,7 @@ import heapq
 import os
 import random
 import secrets
-import select
+import selectors
 import struct
 import subprocess
 import threading
@@ -85,19 +85,25 @@ class LossyLink:
     def _carry(self) -> None:
         other = dict(zip(self._ends, reversed(self._ends), strict=True))
         under_way: list[tuple[float, int, int, bytes]] = []
-        while not self._closing:
-            wait_s = min(0.05, max(0.0, under_way[0][0] - time.monotonic())) if under_way else 0.05
-            for end in select.select(self._ends, [], [], wait_s)[0]:
-                packet = os.read(end, 65536)
-                if self.cut or self._chance.random() < self._loss:
-                    self.lost += 1
-                    continue
-                self.carried += 1
-                heapq.heappush(under_way, (time.monotonic() + self._delay_s, self.carried, other[end], packet))
-            while under_way and under_way[0][0] <= time.monotonic():
-                _, _, end, packet = heapq.heappop(under_way)
-                with contextlib.suppress(OSError):  # the namespace goes away while a packet is under way
-                    os.write(end, packet)
+        with selectors.DefaultSelector() as waiting:  # not select(), which knows 1,024 descriptors of a process
+            for end in self._ends:
+                waiting.register(end, selectors.EVENT_READ, end)
+            while not self._closing:
+                wait_s = min(0.05, max(0.0, under_way[0][0] - time.monotonic())) if under_way else 0.05
+                for ready, _ in waiting.select(wait_s):
+                    self._take(ready.data, other[ready.data], under_way)
+                while under_way and under_way[0][0] <= time.monotonic():
+                    _, _, end, packet = heapq.heappop(under_way)
+                    with contextlib.suppress(OSError):  # the namespace goes away while a packet is under way
+                        os.write(end, packet)
+
+    def _take(self, end: int, other: int, under_way: list[tuple[float, int, int, bytes]]) -> None:
+        packet = os.read(end, 65536)
+        if self.cut or self._chance.random() < self._loss:
+            self.lost += 1
+            return
+        self.carried += 1
+        heapq.heappush(under_way, (time.monotonic() + self._delay_s, self.carried, other, packet))
 
 
 def _tun(namespace: Namespace, address: str) -> int:
