@@ -7,10 +7,9 @@ Nothing measured is typed in here; what is assumed (models, step times, headroom
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def best(lines: dict[str, dict[str, Any]]) -> dict[str, Measured]:
         own = [line for line in lines.values() if line["engine"] == engine]
         if own:
             line = max(own, key=lambda line: line["streams"])
-            found[engine] = Measured(**{field.name: line[field.name] for field in dataclasses.fields(Measured)})
+            found[engine] = Measured(**{field.name: line[field.name] for field in fields(Measured)})
     return found
 
 

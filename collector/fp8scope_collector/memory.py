@@ -9,7 +9,7 @@ from pathlib import Path
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # of glibc's malloc.h
 _MADV_DONTNEED = 4  # of Linux' mman.h
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (r-[x-]p) \S+ \S+ \S+ +/")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ \S+ +/")
 
 
 def keep_one_heap() -> None:
