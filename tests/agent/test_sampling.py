@@ -208,11 +208,11 @@ def test_a_request_reaches_the_training_process_and_is_honoured_once(
     )
     with fp8scope.attach(model, run="r", collector=collector.address, histogram_every=0) as monitor:
         train(model, monitor, 2)
-        for _ in range(600):
-            train(model, monitor, 1)
-            if collector.wait_for(lambda source: True).histograms:
-                break
-        train(model, monitor, 10)
+        wait_until(lambda: bool(monitor._sampler._wishes), timeout_s=30.0)  # sent, answered, and read by the drain
+        look = monitor._drain._next_look
+        train(model, monitor, 4)
+        wait_until(lambda: monitor._drain._next_look > look)  # it has read the same request again
+        train(model, monitor, 4)
     source = collector.wait_for(lambda source: source.finish is not None)
 
     assert {slot for _, slot in source.histograms} == {3, 4, 5}
