@@ -44,7 +44,7 @@ from fp8core.records import FIELDS, Role
 from fp8scope_agent.encode import ZSTD_LEVEL
 from fp8scope_collector.diagnosis.engine import Episodes, diagnose
 from fp8scope_collector.diagnosis.live import Watcher
-from fp8scope_collector.diagnosis.window import FIELDS_READ, ScalarSeries, Window, cut, follow, tail
+from fp8scope_collector.diagnosis.window import FIELDS_READ, Context, ScalarSeries, Window, cut
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import migrate, open_engine
 from fp8scope_collector.storage.reader import Reader
@@ -85,12 +85,10 @@ def healthy(steps: int) -> Window:
 def judging_ms() -> float:
     """The rules and the episodes of 8 new steps, after 512."""
     pieces = list(cut(healthy(STEPS + 8 * NEW), NEW))
-    before, episodes, times = None, Episodes(), []
+    context, episodes, times = Context(), Episodes(), []
     for number, piece in enumerate(pieces):
         started = time.perf_counter()
-        window = follow(before, piece)
-        episodes.observe(window)
-        before = tail(window)
+        episodes.observe(context.follow(piece))
         times.append((time.perf_counter() - started) * 1e3)
         if number < STEPS // NEW:
             times.clear()

@@ -30,7 +30,7 @@ class Severity(enum.IntEnum):
         return self.name.lower()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """Rows of one tensor (of the whole run where `slot` is None) in which a rule found something.
 

@@ -24,7 +24,7 @@ from fp8scope_collector.diagnosis.priority import Transactions
 from fp8scope_collector.diagnosis.rules import run_silent
 from fp8scope_collector.diagnosis.source import GIVEN_UP_S, PIECE_ROWS, Cursor, RunRows
 from fp8scope_collector.diagnosis.thresholds import DATED_BACK_ROWS, GAP_ROWS, SILENT_S
-from fp8scope_collector.diagnosis.window import LOOKBACK, Window, follow, tail, with_ranks
+from fp8scope_collector.diagnosis.window import LOOKBACK, Context, Window
 from fp8scope_collector.messages import run_label
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import open_engine, open_stats
@@ -151,7 +151,7 @@ class RunWatch:
         self._rows: RunRows | None = None
         self._book: Book | None = None
         self._cursor = Cursor()
-        self._before: Window | None = None
+        self._context = Context()
         self._episodes = Episodes()
         self._judged: dict[int, int] = {}  # the last step of each source that is judged
 
@@ -192,8 +192,8 @@ class RunWatch:
             judged = self._book.judged or Judged(-1, 0, {})
             self._judged = dict(judged.sources)
             self._begin(judged.step + 1, rows=judged.rows)
-        elif self._before is not None:
-            self._before = with_ranks(self._before, ranks)
+        else:
+            self._context.take_in(ranks)
 
     def _late(self, run: RunNow, to_step: int) -> int | None:
         """The first step that was judged without rows which have come since; None: nothing came late."""
@@ -228,7 +228,7 @@ class RunWatch:
         first_row = rows - between if rows is not None else len(self._rows.steps(0, start - 1)) if start else 0
         context = self._steps_before(start, LOOKBACK)
         cursor = Cursor(step=(context[0] if context else start) - 1, rows=first_row - len(context))
-        self._episodes, self._before, self._cursor = Episodes(), None, cursor
+        self._episodes, self._context, self._cursor = Episodes(), Context(), cursor
         if context:
             for piece in self._rows.pieces(to_step=start - 1, after=cursor):
                 self._take(piece)
@@ -263,8 +263,7 @@ class RunWatch:
 
     def _take(self, piece: Window) -> Window:
         """The piece with its context; the cursor is behind it then."""
-        window = follow(self._before, piece)
-        self._before = tail(window)
+        window = self._context.follow(piece)
         self._cursor = Cursor(
             int(piece.steps[-1]), piece.first_row + piece.steps.size, piece.incarnation, piece.life_row
         )
@@ -273,11 +272,11 @@ class RunWatch:
     def _listen(self, run: RunNow, now_unix_ns: int) -> None:
         """Says once that nothing is heard of the run any more, if so."""
         silent_s = (now_unix_ns - self.heard_unix_ns) / 1e9
-        if run.is_over(now_unix_ns) or silent_s < SILENT_S or self._before is None:
+        if run.is_over(now_unix_ns) or silent_s < SILENT_S or (last := self._context.last) is None:
             return
         if not self._episodes.of((run_silent.RULE.name, "", None)):
-            last = replace(self._before, fresh=self._before.steps.size - 1, silent_s=silent_s)
-            self._episodes.observe(last, rules=[run_silent.RULE])
+            silent = replace(last, fresh=last.steps.size - 1, silent_s=silent_s)
+            self._episodes.observe(silent, rules=[run_silent.RULE])
 
     def _write(self, now_unix_ns: int, *, ended: bool, settled: bool) -> list[Change]:
         assert self._book is not None

@@ -178,19 +178,65 @@ def _tensors_of(slots: tuple[Slot, ...]) -> _Tensors:
     )
 
 
+class Context:
+    """The last rows of a run that its next ones are judged with, in arrays that are written over again and again.
+
+    So there are never two copies of them: they are most of what a process that diagnoses keeps. A window that came from
+    here is good until the next one is asked for.
+    """
+
+    def __init__(self) -> None:
+        self.last: Window | None = None  # without what is derived of its rows
+        self._room: dict[str, Floats] = {}
+
+    def follow(self, piece: Window) -> Window:
+        """A piece with the context of the pieces before it; none where another process life begins."""
+        last = self.last
+        if last is None or last.life_row != piece.life_row or last.slots != piece.slots:
+            self.last = piece
+        else:
+            context = min(LOOKBACK, last.steps.size)
+            self.last = replace(
+                piece,
+                steps=np.concatenate([last.steps[-context:], piece.steps]),
+                fields={
+                    name: self._behind(name, last.fields[name][:, -context:], values)
+                    for name, values in piece.fields.items()
+                },
+                scalars={
+                    name: _appended(last.scalars.get(name), piece.scalars.get(name))
+                    for name in {**last.scalars, **piece.scalars}
+                },
+                first_row=piece.first_row - context,
+                fresh=context,
+            )
+        return replace(self.last)
+
+    def take_in(self, ranks: tuple[int, ...]) -> None:
+        """From now on there are these ranks, of which the new ones have no rows yet."""
+        if self.last is None or ranks == self.last.ranks:
+            return
+        fields = {}
+        for name, values in self.last.fields.items():
+            fields[name] = np.full((len(ranks), *values.shape[1:]), np.nan)
+            fields[name][[ranks.index(rank) for rank in self.last.ranks]] = values
+        self.last = replace(self.last, ranks=ranks, fields=fields)
+
+    def _behind(self, name: str, rows: Floats, values: Floats) -> Floats:
+        """`rows`, which may lie there already, and `values` behind them, in the field's room."""
+        ranks, new, slots = values.shape
+        size = rows.shape[1] + new
+        room = self._room.get(name)
+        if room is None or room.shape[::2] != (ranks, slots) or room.shape[1] < size:
+            room = self._room[name] = np.empty((ranks, size, slots))
+        room[:, : size - new] = rows
+        room[:, size - new : size] = values
+        return room[:, :size]
+
+
 def slide(pieces: Iterable[Window]) -> Iterator[Window]:
-    """Consecutive pieces of a run, each with the context before it; a new process life begins without any."""
-    before: Window | None = None
-    for piece in pieces:
-        before = follow(before, piece)
-        yield before
-
-
-def follow(before: Window | None, piece: Window) -> Window:
-    """A piece with the context that the window before it leaves; none where another process life begins."""
-    if before is None or before.life_row != piece.life_row or before.slots != piece.slots:
-        return piece
-    return _joined(before, piece)
+    """Consecutive pieces of a run, each with the context before it: good until the next."""
+    yield from map(Context().follow, pieces)
 
 
 def cut(window: Window, rows: int) -> Iterator[Window]:
@@ -205,49 +251,6 @@ def cut(window: Window, rows: int) -> Iterator[Window]:
             scalars={name: _between(series, after, steps[-1]) for name, series in window.scalars.items()},
             first_row=window.first_row + start,
         )
-
-
-def _joined(before: Window, piece: Window) -> Window:
-    context = min(LOOKBACK, before.steps.size)
-    return replace(
-        piece,
-        steps=np.concatenate([before.steps[-context:], piece.steps]),
-        fields={
-            name: np.concatenate([before.fields[name][:, -context:], values], axis=1)
-            for name, values in piece.fields.items()
-        },
-        scalars={
-            name: _appended(before.scalars.get(name), piece.scalars.get(name))
-            for name in {**before.scalars, **piece.scalars}
-        },
-        first_row=piece.first_row - context,
-        fresh=context,
-    )
-
-
-def tail(window: Window) -> Window:
-    """What a window leaves as context, without the memory of the rest where that is a quarter of it or more."""
-    first = max(0, window.steps.size - LOOKBACK)
-    kept = {name: values[:, first:] for name, values in window.fields.items()}
-    return replace(
-        window,
-        steps=window.steps[first:],
-        fields={name: values.copy() for name, values in kept.items()} if first > LOOKBACK // 4 else kept,
-        scalars={name: _between_last(series) for name, series in window.scalars.items()},
-        first_row=window.first_row + first,
-        fresh=window.steps.size - first,
-    )
-
-
-def with_ranks(window: Window, ranks: tuple[int, ...]) -> Window:
-    """The window with more ranks than it had: they have no rows in it."""
-    if ranks == window.ranks:
-        return window
-    fields = {}
-    for name, values in window.fields.items():
-        fields[name] = np.full((len(ranks), *values.shape[1:]), np.nan)
-        fields[name][[ranks.index(rank) for rank in window.ranks]] = values
-    return replace(window, ranks=ranks, fields=fields)
 
 
 def _appended(before: ScalarSeries | None, series: ScalarSeries | None) -> ScalarSeries:

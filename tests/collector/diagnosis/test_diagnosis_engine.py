@@ -13,7 +13,7 @@ from fp8scope_collector.diagnosis.catalogue import RULES
 from fp8scope_collector.diagnosis.engine import diagnose
 from fp8scope_collector.diagnosis.finding import Rule, Severity
 from fp8scope_collector.diagnosis.thresholds import GAP_ROWS
-from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, Window, cut, slide
+from fp8scope_collector.diagnosis.window import FIELDS_READ, LOOKBACK, Context, Window, cut, slide
 from fp8scope_collector.storage.readmodels import Slot
 
 
@@ -56,6 +56,46 @@ def test_the_context_is_bounded_and_ends_with_a_process_life(noisy: Window) -> N
 
     assert [window.fresh for window in slide(pieces)] == [0, LOOKBACK, 0]
     assert max(window.steps.size for window in slide(cut(noisy, 50))) == LOOKBACK + 50
+
+
+def test_a_window_is_the_last_rows_of_the_run_in_the_arrays_of_the_window_before(noisy: Window) -> None:
+    context, done, arrays = Context(), 0, []
+    for rows in (40, 40, 40, 1, 3, 40):
+        done += rows
+        window = context.follow(_part(noisy, done - rows, done))
+
+        first = max(0, done - rows - LOOKBACK)
+        assert window.steps.tolist() == noisy.steps[first:done].tolist()
+        assert (window.first_row, window.fresh) == (first, done - rows - first)
+        for name in FIELDS_READ:
+            np.testing.assert_array_equal(window[name], noisy[name][:, first:done])
+        arrays.append(window["amax"])
+        assert window.headroom.shape == window["amax"].shape
+        assert context.last
+        assert "headroom" not in vars(context.last), "what is derived is not kept"
+
+    assert all(np.shares_memory(each, arrays[2]) for each in arrays[2:]), "the third is as long as any"
+
+
+def test_a_rank_that_comes_late_has_no_rows_in_the_context_and_the_others_keep_theirs(noisy: Window) -> None:
+    few = replace(noisy, ranks=noisy.ranks[:1], fields={name: values[:1] for name, values in noisy.fields.items()})
+    context = Context()
+    context.follow(_part(few, 0, 30))
+    context.follow(_part(few, 30, 99))
+
+    context.take_in(noisy.ranks)
+    window = context.follow(_part(noisy, 99, 105))
+
+    assert window.fresh == LOOKBACK
+    for name in FIELDS_READ:
+        np.testing.assert_array_equal(window[name][:1], noisy[name][:1, window.first_row : 105])
+        assert np.isnan(window[name][1:, : window.fresh]).all()
+        np.testing.assert_array_equal(window[name][1:, window.fresh :], noisy[name][1:, 99:105])
+
+
+def _part(run: Window, first: int, end: int) -> Window:
+    fields = {name: values[:, first:end] for name, values in run.fields.items()}
+    return replace(run, steps=run.steps[first:end], fields=fields, first_row=run.first_row + first)
 
 
 def test_one_finding_for_an_episode_and_another_after_a_pause() -> None:
