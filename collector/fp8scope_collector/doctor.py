@@ -27,7 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fp8scope_collector.config import Address, ConfigError, TlsFiles
 from fp8scope_collector.options import bytes_text
 from fp8scope_collector.storage import schema, tokens
-from fp8scope_collector.storage.clickhouse_http import holder
+from fp8scope_collector.storage.clickhouse_http import find, holder
 from fp8scope_collector.storage.engine import display_url, newest_version, open_engine, open_stats, stored_version
 from fp8scope_collector.storage.overview import recent_runs
 from fp8scope_collector.storage.stats_store import StorageError
@@ -248,7 +248,9 @@ def _statistics(engine: sa.Engine) -> Found:
         return
     folder = Path(str(parsed.database)).absolute()
     pid = holder(folder)
-    yield "ok", found + (f", through process {pid}, which has the folder" if pid else "; no process has the folder")
+    offer = find(folder, pid) if pid else None
+    collects = offer and not offer.gives_way
+    yield "ok", f"{found}, through process {pid}, which has it" if collects else f"{found}; no collector has the folder"
     yield _room(folder)
 
 

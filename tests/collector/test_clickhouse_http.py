@@ -26,12 +26,13 @@ from clickhouse_connect.driver.httputil import get_pool_manager
 
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.storage import clickhouse_http, clickhouse_reach
+from fp8scope_collector.storage import clickhouse_http
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
-from fp8scope_collector.storage.clickhouse_http import OFFER, USER, Offer, find, holder
+from fp8scope_collector.storage.clickhouse_http import OFFER, USER, Offer, ReadService, find, holder
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.history import FIRST_STEP, LAST_STEP, Span
 from fp8scope_collector.storage.reader import Reader
+from fp8scope_collector.storage.readmodels import RunNotFound
 from fp8scope_collector.storage.stats_store import StatsStore, StorageError
 from fp8scope_collector.storage.writer import StatsWriter
 
@@ -226,9 +227,7 @@ def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
     wire: Any,
     run: Callable[..., Any],
     free_port: Callable[[], int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(clickhouse_reach, "HOLD_S", 0.5)
     collector, opening = start_collector(url), wire.open()
     stream = connect(collector.grpc, opening)
     stream.send(stats=wire.stats(1, wire.columns(1)))
@@ -239,15 +238,14 @@ def test_a_reader_goes_on_when_the_collector_was_killed_and_when_another_starts(
         collector.process.wait()
         assert (tmp_path / "stats" / OFFER).exists(), "nobody was there to remove it"
 
-        assert steps(reader) == [1], "the folder is nobody's, and was opened"
-        assert holder(tmp_path / "stats") == os.getpid(), "and is kept for what will be asked next"
-        deadline = time.monotonic() + 10
-        while holder(tmp_path / "stats") is not None:
-            assert time.monotonic() < deadline, "for ever"
-            time.sleep(0.05)
+        assert steps(reader) == [1], "the folder is nobody's, and a process was started to read it"
+        reading = holder(tmp_path / "stats")
+        assert reading not in (None, os.getpid())
+        assert steps(reader) == [1]
+        assert holder(tmp_path / "stats") == reading, "which stays for what will be asked next"
 
         examined = run("doctor", "--db", url, "--grpc", f"127.0.0.1:{free_port()}", fails=True).stdout
-        assert re.search(r"ok: statistics in .*/stats can be read \(.* KiB\); no process has the folder\n", examined)
+        assert re.search(r"ok: statistics in .*/stats can be read \(.* KiB\); no collector has the folder\n", examined)
         assert f"are free below '{tmp_path}/stats'" in examined
         with asking_all_the_while(reader):
             again = start_collector(url)
@@ -338,9 +336,121 @@ def test_commands_that_read_do_and_those_that_change_say_that_the_collector_has_
     assert said in " ".join(deleting.split())
     with contextlib.closing(Reader(url)) as reader:
         assert len(steps(reader)) == 40
-    assert collector.terminate() == 0
-    command = [sys.executable, "-m", "fp8scope_collector", "delete", "run", "--db", url]
-    subprocess.run(command, check=True, timeout=120)  # not in this process: it would keep the folder
+        assert collector.terminate() == 0
+        assert len(steps(reader)) == 40, "in a process that was started to read it"
+        command = [sys.executable, "-m", "fp8scope_collector", "delete", "run", "--db", url]
+        subprocess.run(command, check=True, timeout=120)  # not in this process: it would keep the folder
+        with pytest.raises(RunNotFound):
+            steps(reader)
+
+
+def test_reading_leaves_nothing_behind_in_the_process_that_reads(
+    url: str, store: StatsStore, tmp_path: Path, wire: Any
+) -> None:
+    write(url, store, wire, 1)
+    store.close()
+    program = f"""
+import gc, os, sys
+from pathlib import Path
+from fp8scope_collector.storage.clickhouse_http import find, holder
+from fp8scope_collector.storage.engine import open_engine, open_stats
+from fp8scope_collector.storage.reader import Reader
+
+folder = Path({str(tmp_path / "stats")!r})
+gc.disable()
+for leaves in (True, True, False, False, False):
+    reader = Reader({url!r})
+    assert [batch.num_rows for batch in reader.rows(reader.run("run").id)] == [6]
+    offer = find(folder, holder(folder))
+    while leaves and holder(folder) == offer.pid:
+        offer.tell_to_leave()
+    reader.close()
+    engine = open_engine({url!r})
+    store = open_stats(engine)
+    assert store.size_bytes() > 0
+    store.close()
+    engine.dispose()
+    print(len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), "chdb" in sys.modules)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=clickhouse_http.UNUSED_S
+    )
+
+    first, *others = [line.split() for line in said.stdout.splitlines()]
+    assert len(others) == 4
+    assert {descriptors for descriptors, _, _ in others} == {first[0]}
+    assert all(int(threads) <= int(first[1]) + 1 for _, threads, _ in others), "one that waits for a child"
+    assert {chdb for _, _, chdb in (first, *others)} == {"False"}
+
+
+def test_a_process_that_is_read_from_stays_as_long_as_it_is_used_and_merges_nothing(
+    url: str, store: StatsStore, tmp_path: Path, wire: Any
+) -> None:
+    folder = tmp_path / "stats"
+    parts = "SELECT count() FROM system.parts WHERE active AND table = 'stats_by_step'"
+    assert isinstance(store, ClickHouseStats)
+    with store._database.client() as own:
+        own.command("SYSTEM STOP MERGES")
+    for number in range(24):
+        write(url, store, wire, 1 + number)
+    store.close()
+    program = "from fp8scope_collector.storage import clickhouse_http as it; it.UNUSED_S = 0.6; it.main()"
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True) as reading:
+        assert reading.stdout
+        assert reading.stdout.readline() == "ready\n"
+        found = find(folder, reading.pid)
+        assert found
+        asking, counts = client(found), []
+        for _ in range(15):
+            counts.append(asking.query(parts).result_rows[0][0])
+            time.sleep(0.2)
+
+        assert set(counts) == {24}
+        assert asking.query("SELECT sleep(3)").result_rows == [(0,)]
+        assert reading.wait(timeout=20) == 0
+    assert holder(folder) is None
+    assert not (folder / OFFER).exists()
+
+
+def test_who_has_just_read_the_offer_of_a_process_that_wants_to_leave_is_answered_and_it_stays(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clickhouse_http, "UNUSED_S", 0.0)
+    folder = tmp_path / "stats"
+    with contextlib.closing(open_stats(open_engine(url))) as store, ThreadPoolExecutor() as other:
+        store.migrate()
+        service = ReadService(folder, gives_way=True)
+        asking = client(find(folder, os.getpid()) or pytest.fail("no offer"))
+        leaving = other.submit(clickhouse_http._is_left, service)
+        while (folder / OFFER).exists():
+            assert not leaving.done()
+        assert asking.query("SELECT 1").result_rows == [(1,)]
+
+        assert not leaving.result()
+        assert (folder / OFFER).exists()
+        assert clickhouse_http._is_left(service)
+        assert not (folder / OFFER).exists()
+        service.close()
+
+
+@pytest.mark.parametrize(("password", "status"), [(None, 500), ("guessed", 403)])
+def test_a_collector_does_not_leave_when_it_is_told_to(offer: Offer, password: str | None, status: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", offer.port, timeout=10)
+    credentials = base64.b64encode(f"{USER}:{password or offer.password}".encode()).decode()
+    connection.request("POST", "/leave", headers={"Authorization": f"Basic {credentials}"})
+
+    assert connection.getresponse().status == status
+    connection.close()
+    assert client(offer).query("SELECT 1").result_rows == [(1,)]
+
+
+def write(url: str, store: StatsStore, wire: Any, seq: int) -> None:
+    """One batch of a run called `run`, committed."""
+    engine = open_engine(url)
+    writer = StatsWriter(engine, store)
+    source = writer.register(decode_open(wire.open(), Limits()), now_unix_ns=1)
+    writer.commit([decode_stats(wire.stats(seq, wire.columns(seq)), source, Limits())], now_unix_ns=1)
+    engine.dispose()
 
 
 def test_two_collectors_on_one_folder_are_told_apart(

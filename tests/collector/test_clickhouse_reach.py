@@ -14,7 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from fp8scope_collector.storage import clickhouse_reach
-from fp8scope_collector.storage.clickhouse_http import OFFER
+from fp8scope_collector.storage.clickhouse import ClickHouseStats
+from fp8scope_collector.storage.clickhouse_http import OFFER, Offer, find, holder
 from fp8scope_collector.storage.clickhouse_reach import Database
 from fp8scope_collector.storage.stats_store import StorageError
 
@@ -127,3 +128,19 @@ def test_a_folder_in_which_chdb_does_not_start_is_not_said_to_be_another_process
     assert f"statistics in chdb:///{folder} cannot be opened: no other process has the folder, but chDB" in said
     assert f'filesystem error: in remove_all: Not a directory ["{folder}/data/' in said
     assert "Stack trace" not in said
+
+
+def test_a_process_that_leaves_between_its_offer_and_the_first_question_is_not_the_readers_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stats"
+    first = ClickHouseStats(sa.make_url(f"chdb:///{folder}"))
+    first.migrate()
+    first.close()
+    holders = iter([1])
+    monkeypatch.setattr(clickhouse_reach, "holder", lambda folder: next(holders, None) or holder(folder))
+    gone = Offer(1, 1, "nobody listens there")
+    monkeypatch.setattr(clickhouse_reach, "find", lambda folder, pid: gone if pid == 1 else find(folder, pid))
+
+    with contextlib.closing(ClickHouseStats(sa.make_url(f"chdb:///{folder}"))) as store:
+        assert store.size_bytes() == 0

@@ -1,8 +1,9 @@
 """Lets other processes read a chDB folder while this one has it: ClickHouse's HTTP interface on loopback, read-only.
 
-A chDB folder belongs to one process, which a collector is. It answers queries here, on a free port, and leaves port and
-password in the folder, in a file for its own user alone; `find` reads them, if their writer still has the folder.
-Clients are clickhouse-connect's, unchanged.
+A chDB folder belongs to one process: a collector, or one that is there to be read from while no collector has the
+folder (`read_from`). It answers queries here, on a free port, and leaves port and password in the folder, in a file
+for its own user alone; `find` reads them, if their writer still has the folder. Clients are clickhouse-connect's,
+unchanged.
 
 What is asked cannot harm the collector: each query has a handle of its own on which `readonly = 1` is set after the
 limits, so that ClickHouse itself refuses to write, to reach for files and networks, and to change a setting. What it
@@ -16,12 +17,15 @@ import contextlib
 import dataclasses
 import fcntl
 import hmac
+import http.client
 import io
 import json
 import os
 import re
 import secrets
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -39,6 +43,9 @@ QUERIES = 4  # at a time
 WAIT_S = 20.0  # of one more, for its turn
 DRAIN_S = 1.0  # that a query has when the collector ends
 IDLE_S = 60.0  # without a byte from or to a client
+UNUSED_S = 10.0  # that a process which is there to be read from waits for the next query
+_STARTS_S = 60.0  # at most
+_FAREWELL_S = 0.5  # in which those who have just read an offer still get their answer
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 64 << 20  # of a format that has to be complete before it is sent
 ROWS_AT_ONCE = 64  # of 256 values in each field: of each part that a query reads there is a block in memory
@@ -58,6 +65,8 @@ LIMITS = INTERPRETED | {
     "max_execution_time": 600,
     "readonly": 1,
 }
+_LEAVE = "/leave"
+_READY = "ready\n"
 _COMMENT = "fp8scope reading"
 _STREAMED = ("Native", "ArrowStream")  # chDB gives other formats complete in each block, and no way to join these
 _TRANSPORT = ("database", "session_id", "query_id", "wait_end_of_query", "client_protocol_version", "default_format")
@@ -74,6 +83,15 @@ class Offer:
     pid: int
     port: int
     password: str
+    gives_way: bool = False  # whether it leaves the folder when it is told to
+
+    def tell_to_leave(self) -> None:
+        """Lets whoever wants to change something have the folder, soon."""
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it has left already
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=IDLE_S)
+            connection.request("POST", _LEAVE, headers={"Authorization": _authorization(self.password)})
+            connection.getresponse().read()
+            connection.close()
 
 
 def holder(folder: Path) -> int | None:
@@ -108,34 +126,84 @@ def find(folder: Path, pid: int) -> Offer | None:
     return None
 
 
+def read_from(folder: Path) -> str:
+    """Starts a process that has the folder and lets others read it, until for some seconds nobody has.
+
+    A process of its own, as chDB does not give back what it takes: each time that a process has opened a folder and
+    closed it, five threads, eight descriptors and a megabyte stay behind, and 270 MiB in any case. A dashboard would
+    have no descriptors left after a hundred times.
+
+    Returns: why it did not start, or "" once it answers.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,  # Ctrl-C in the terminal is not for what others may be reading from
+    )
+    assert process.stdout
+    late = threading.Timer(_STARTS_S, process.kill)
+    late.start()
+    with process.stdout:
+        said = process.stdout.readline()
+    late.cancel()
+    threading.Thread(target=process.wait, name="fp8scope-reading", daemon=True).start()
+    return "" if said == _READY else said.strip() or f"the process that opens it ended, or took {_STARTS_S:.0f} s"
+
+
 class ReadService:
     """Answers queries to the chDB folder that this process has open, until `close`.
+
+    `gives_way`: it sets `left` when whoever has its offer tells it to leave.
 
     Raises:
         OSError: the folder cannot be written, or nobody may listen on loopback.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, gives_way: bool = False) -> None:
+        self.left = threading.Event()
         self._path = os.path.realpath(folder)  # as clickhouse-connect spells it: chDB compares
         self._closing = False
         self._turns = threading.BoundedSemaphore(QUERIES)
-        password = secrets.token_urlsafe(32)
-        credentials = base64.b64encode(f"{USER}:{password}".encode()).decode()
-        self._authorization = f"Basic {credentials}".encode()
+        self._count = threading.Lock()
+        self._running, self._asked_s = 0, time.monotonic()
         self._server = _Server(self)
+        self._offer = Offer(
+            os.getpid(), int(self._server.server_address[1]), secrets.token_urlsafe(32), gives_way=gives_way
+        )
+        self._authorization = _authorization(self._offer.password).encode()
         self._file = folder / OFFER
-        unfinished = folder / f".{OFFER}.{os.getpid()}"
+        self.offer()
+        threading.Thread(target=self._server.serve_forever, name="fp8scope-reading", daemon=True).start()
+
+    def offer(self) -> None:
+        """Lets others know where this answers."""
+        unfinished = self._file.with_name(f".{OFFER}.{os.getpid()}")
         unfinished.unlink(missing_ok=True)
         unfinished.touch(mode=0o600, exist_ok=False)
-        offer = Offer(os.getpid(), int(self._server.server_address[1]), password)
-        unfinished.write_text(json.dumps(dataclasses.asdict(offer)))
+        unfinished.write_text(json.dumps(dataclasses.asdict(self._offer)))
         unfinished.replace(self._file)
-        threading.Thread(target=self._server.serve_forever, name="fp8scope-reading", daemon=True).start()
+
+    def withdraw(self) -> None:
+        """Takes the offer back; who has read it already is answered."""
+        self._file.unlink(missing_ok=True)
+
+    def unused_s(self) -> float:
+        """For how long no query has come, and none has run."""
+        with self._count:
+            return 0.0 if self._running else time.monotonic() - self._asked_s
+
+    def told_to_leave(self) -> bool:
+        """Leaves, if this is one that does."""
+        if self._offer.gives_way:
+            self.left.set()
+        return self._offer.gives_way
 
     def close(self) -> None:
         """Takes no more queries, and ends in about a second those that run."""
         self._closing = True
-        self._file.unlink(missing_ok=True)
+        self.withdraw()
         self._server.shutdown()
         if running := self._wait(QUERIES):
             with contextlib.closing(_open(self._path)) as handle:
@@ -161,6 +229,18 @@ class ReadService:
         """
         if reason := _refusal(sql):
             raise QueryError("164", f"Code: 164. DB::Exception: {reason}. (READONLY)")
+        self._counted(+1)
+        try:
+            yield from self._ask_in_turn(sql, parameters, settings)
+        finally:
+            self._counted(-1)
+
+    def _counted(self, more: int) -> None:
+        with self._count:
+            self._running += more
+            self._asked_s = time.monotonic()
+
+    def _ask_in_turn(self, sql: str, parameters: dict[str, str], settings: dict[str, str]) -> Iterator[bytes]:
         if not self._turns.acquire(timeout=WAIT_S):
             text = f"{QUERIES} queries are running, as many as the collector takes; ask again"
             raise QueryError("202", f"Code: 202. DB::Exception: {text}. (TOO_MANY_SIMULTANEOUS_QUERIES)")
@@ -182,6 +262,10 @@ class QueryError(Exception):
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
         self.code = code
+
+
+def _authorization(password: str) -> str:
+    return f"Basic {base64.b64encode(f'{USER}:{password}'.encode()).decode()}"
 
 
 def _open(path: str) -> Any:
@@ -300,6 +384,9 @@ class _Handler(BaseHTTPRequestHandler):
             text = "Code: 516. DB::Exception: the password is not the one that this collector left in its folder"
             self._fail(QueryError("516", f"{text}. (AUTHENTICATION_FAILED)"))
             return
+        if urlsplit(self.path).path == _LEAVE and service.told_to_leave():
+            self._answer(200, b"Ok.\n")
+            return
         said = dict(parse_qsl(urlsplit(self.path).query, keep_blank_values=True))
         sql = "\n".join(filter(None, (said.pop("query", ""), body)))
         parameters = {name.removeprefix("param_"): said.pop(name) for name in [*said] if name.startswith("param_")}
@@ -342,3 +429,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Queries are not worth a line each."""
+
+
+def main() -> None:
+    """Has the folder that is named, for `read_from`."""
+    folder = Path(sys.argv[1])
+    try:
+        with contextlib.closing(_open(os.path.realpath(folder))) as handle:
+            handle.query("SYSTEM STOP MERGES")  # of the collector's parts: here for seconds, it would finish none
+            service = ReadService(folder, gives_way=True)
+            print(_READY, end="", flush=True)
+            with Path(os.devnull).open("w") as nowhere:  # who reads all that the starter says would wait for this one
+                os.dup2(nowhere.fileno(), sys.stderr.fileno())
+            while not _is_left(service):
+                pass
+            service.close()
+    except (RuntimeError, OSError) as error:
+        print(" ".join(str(error).split()), flush=True)
+        sys.exit(1)
+
+
+def _is_left(service: ReadService) -> bool:
+    """Whether, after a moment, nobody asks any more, or somebody else is to have the folder."""
+    if service.left.wait(min(1.0, UNUSED_S)):
+        return True
+    if service.unused_s() < UNUSED_S:
+        return False
+    service.withdraw()
+    service.left.wait(_FAREWELL_S)
+    if service.unused_s() < _FAREWELL_S and not service.left.is_set():
+        service.offer()
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,7 @@
 """Reaches a ClickHouse database, or a chDB folder that another process may have; for the store in `clickhouse`.
 
-A chDB folder is one process's from the first change to `close`. Whoever only reads has it for seconds, and then leaves
-it alone for a moment, since a collector may want it; or reads through the process that has it (`clickhouse_http`,
-docs/adr/0084).
+A chDB folder is one process's from the first change to `close`. Whoever only reads does so through the process that has
+it (`clickhouse_http`, docs/adr/0084), or through one that is started for that, and leaves when a collector comes.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from clickhouse_connect.driver.httputil import get_pool_manager
 from urllib3.exceptions import HTTPError
 
-from fp8scope_collector.storage.clickhouse_http import INTERPRETED, USER, Offer, find, holder
+from fp8scope_collector.storage.clickhouse_http import INTERPRETED, USER, Offer, find, holder, read_from
 from fp8scope_collector.storage.stats_store import StorageError
 
-HOLD_S = 2.0  # that a chDB folder is kept to read: opening it takes a fifth of a second
-GAP_S = 0.2  # after that it is whose it may: who wants it looks twenty times a second
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
 _TRIES = 3  # in a row, of chDB to start while nobody has the folder: somebody may have had it for a moment
 _MERGES_NICE = 10
@@ -51,12 +48,8 @@ class Database:
             self._engine = sa.create_engine(url.set(drivername="clickhousedb").difference_update_query(["cluster"]))
         self.dialect = self._engine.dialect
         self._own = self.folder is None  # whether the pool of `_engine` may keep connections
-        self._through: tuple[Offer, sa.Engine] | None = None  # the process that has the folder
+        self._through: _Through | None = None  # the process that has the folder
         self._finding = threading.Lock()
-        self._holding = threading.Lock()
-        self._hold = 0  # number of the time for which the folder is kept to read
-        self._is_held = False
-        self._free_since = -GAP_S
 
     @contextlib.contextmanager
     def client(self, *, changing: bool = False) -> Iterator[Any]:
@@ -66,19 +59,18 @@ class Database:
             StorageError: the database cannot be reached or changed, or what ClickHouse says is wrong.
         """
         with self._connection(changing) as connection:
-            hold = self._hold
             try:
                 yield connection.connection.driver_connection.client  # type: ignore[union-attr]  # the dialect's
             except (ClickHouseError, HTTPError) as error:
                 raise self._unavailable(error) from error
             finally:
-                if not self._own and connection.engine is self._engine and hold != self._hold:
-                    connection.invalidate()  # it took longer than the folder was to be kept
+                if not self._own and connection.engine is self._engine:
+                    connection.invalidate()  # the folder is another's in this process, who may close it
 
     def close(self) -> None:
         """Closes the connections, and leaves a chDB folder to others."""
         if self._through:
-            self._through[1].dispose()
+            self._through.close()
         self._engine.dispose()
         self._own = self.folder is None
 
@@ -87,13 +79,14 @@ class Database:
         deadline = time.monotonic() + PATIENCE_S
         failed = 0  # in a row, while nobody had the folder
         while True:
+            engine = self._engine
             try:
-                engine = self._engine if self._own else self._reach(changing)
+                engine = engine if self._own else self._reach(changing)
                 connection = engine.connect()
                 self._own = self._own or changing
                 return connection
             except (ClickHouseError, sa.exc.DBAPIError, HTTPError, _HeldError) as error:
-                if self._own or not self.folder or not _is_shut(error):
+                if self._own or not self.folder or not (_is_shut(error) or self._has_left(engine)):
                     raise self._unavailable(error) from error
                 failed = failed + 1 if (pid := holder(self.folder)) is None else 0
                 if failed == _TRIES or time.monotonic() > deadline:
@@ -110,12 +103,13 @@ class Database:
         assert self.folder
         try:
             pid = holder(self.folder)
+            if pid == os.getpid():
+                return self._engine
             if pid is None:
                 self._check()
-            if pid in (None, os.getpid()):
-                if not changing:
-                    self._keep()
-                return self._engine
+                if changing:
+                    return self._engine
+                pid = self._start_reading()
             offer = find(self.folder, pid)
         except PermissionError as error:
             raise StorageError(
@@ -124,34 +118,39 @@ class Database:
             ) from None
         if offer is None:
             raise _HeldError(f"process {pid} has it")
+        if changing and offer.gives_way:
+            offer.tell_to_leave()
+            raise _HeldError(f"process {pid} is about to leave it")
         if changing:
             raise StorageError(
                 f"statistics in {self.shown} cannot be changed: a chDB folder belongs to one process at a time, and "
                 f"the collector in process {pid} has it. Stop it first; with `--retention` it prunes by itself"
             )
         with self._finding:
-            if self._through is None or self._through[0] != offer:
+            if self._through is None or self._through.offer != offer:
                 if self._through:
-                    self._through[1].dispose()
-                self._through = offer, _engine_through(offer)
-            return self._through[1]
+                    self._through.close()
+                self._through = _Through(offer)
+            return self._through.engine
 
-    def _keep(self) -> None:
-        """Keeps the folder for what else will be read, and lets go of it in time."""
-        with self._holding:
-            if not self._is_held:
-                time.sleep(max(0.0, self._free_since + GAP_S - time.monotonic()))
-                self._is_held = True
-                timer = threading.Timer(HOLD_S, self._let_go)
-                timer.daemon = True
-                timer.start()
+    def _start_reading(self) -> int:
+        """Sees that a process has the folder to be read from; which one.
 
-    def _let_go(self) -> None:
-        with self._holding:
-            self._hold, self._is_held = self._hold + 1, False
-            if not self._own:
-                self._engine.dispose()
-            self._free_since = time.monotonic()
+        Raises:
+            _HeldError: nobody has it, with what chDB says about that.
+        """
+        assert self.folder
+        with self._finding:
+            said = read_from(self.folder) if holder(self.folder) is None else ""
+        if (pid := holder(self.folder)) is None:
+            raise _HeldError(said)
+        return pid
+
+    def _has_left(self, engine: sa.Engine) -> bool:
+        """Whether the process that the engine goes through has left the folder since its offer was read."""
+        assert self.folder
+        through = self._through
+        return through is not None and engine is through.engine and holder(self.folder) != through.offer.pid
 
     def _check(self) -> None:
         """Sees that chDB may open the folder: it would make one that is not there, and gives no reason for a failure.
@@ -215,7 +214,16 @@ def _first_words(error: Exception) -> str:
     return " ".join(str(getattr(error, "orig", error)).partition(", Stack trace")[0].split())
 
 
-def _engine_through(offer: Offer) -> sa.Engine:
+class _Through:
     """Connections to the process that made the offer; not through a proxy, whatever the environment says."""
-    url = sa.URL.create("clickhousedb", USER, offer.password, "127.0.0.1", offer.port, "default")
-    return sa.create_engine(url, connect_args={"pool_mgr": get_pool_manager()})
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self._sockets = get_pool_manager()
+        url = sa.URL.create("clickhousedb", USER, offer.password, "127.0.0.1", offer.port, "default")
+        self.engine = sa.create_engine(url, connect_args={"pool_mgr": self._sockets})
+
+    def close(self) -> None:
+        """Closes them; clickhouse-connect leaves open what it did not make itself."""
+        self.engine.dispose()
+        self._sockets.clear()
