@@ -317,7 +317,9 @@ def dashboard(
     ] = "127.0.0.1:8501",
     login: Annotated[
         Path | None,
-        typer.Option(envvar="FP8SCOPE_LOGIN", metavar="FILE", help="Who may look: a TOML file with [auth] and allow."),
+        typer.Option(
+            envvar="FP8SCOPE_LOGIN", metavar="FILE", help=r"Who may look: a TOML file with \[auth] and allow."
+        ),
     ] = None,
 ) -> None:
     """Open the dashboard (the package fp8scope-dashboard)."""
