@@ -45,6 +45,7 @@ DRAIN_S = 1.0  # that a query has when the collector ends
 IDLE_S = 60.0  # without a byte from or to a client
 UNUSED_S = 10.0  # that a process which is there to be read from waits for the next query
 _STARTS_S = 60.0  # at most
+_THREADS_ALONE = 2  # of a query, where there is no ingest beside it
 _FAREWELL_S = 0.5  # in which those who have just read an offer still get their answer
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 64 << 20  # of a format that has to be complete before it is sent
@@ -248,7 +249,8 @@ class ReadService:
             if self._closing:
                 raise QueryError("394", "Code: 394. DB::Exception: the collector ends. (QUERY_WAS_CANCELLED)")
             with contextlib.closing(_open(self._path)) as handle:
-                yield from _run(handle, sql, parameters, settings)
+                threads = {"max_threads": _THREADS_ALONE} if self._offer.gives_way else {}
+                yield from _run(handle, sql, parameters, settings, LIMITS | threads)
         except RuntimeError as error:
             code = re.search(r"Code: (\d+)", str(error))
             raise QueryError(code[1] if code else "1002", str(error)) from error
@@ -275,10 +277,12 @@ def _open(path: str) -> Any:
     return chdb.connect(path)  # type: ignore[no-untyped-call]  # chDB's own
 
 
-def _run(handle: Any, sql: str, parameters: dict[str, str], settings: dict[str, str]) -> Iterator[bytes]:
+def _run(
+    handle: Any, sql: str, parameters: dict[str, str], settings: dict[str, str], limits: dict[str, int]
+) -> Iterator[bytes]:
     asked = _FORMAT.search(sql)
     streamed = asked is not None and asked[1] in _STREAMED
-    limits = LIMITS if streamed else {"max_result_bytes": ANSWER_BYTES} | LIMITS
+    limits = limits if streamed else {"max_result_bytes": ANSWER_BYTES} | limits
     handle.query(
         "SET " + ", ".join(f"{name} = {value}" for name, value in limits.items()) + f", log_comment = '{_COMMENT}'"
     )
@@ -435,8 +439,7 @@ def main() -> None:
     """Has the folder that is named, for `read_from`."""
     folder = Path(sys.argv[1])
     try:
-        with contextlib.closing(_open(os.path.realpath(folder))) as handle:
-            handle.query("SYSTEM STOP MERGES")  # of the collector's parts: here for seconds, it would finish none
+        with contextlib.closing(_open(os.path.realpath(folder))):
             service = ReadService(folder, gives_way=True)
             print(_READY, end="", flush=True)
             with Path(os.devnull).open("w") as nowhere:  # who reads all that the starter says would wait for this one
