@@ -26,7 +26,7 @@ from clickhouse_connect.driver.httputil import get_pool_manager
 
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.storage import clickhouse_http
+from fp8scope_collector.storage import clickhouse_http, clickhouse_process
 from fp8scope_collector.storage.clickhouse import ClickHouseStats
 from fp8scope_collector.storage.clickhouse_http import OFFER, USER, Offer, ReadService, find, holder
 from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
@@ -378,7 +378,7 @@ print(time.monotonic())
 
     *lines, ended_s = said.stdout.splitlines()
     first, *others = [line.split() for line in lines]
-    assert returned_s - float(ended_s) < clickhouse_http.UNUSED_S / 2, "its standard error is nobody else's"
+    assert returned_s - float(ended_s) < clickhouse_process.UNUSED_S / 2, "its standard error is nobody else's"
     assert len(others) == 4
     assert {descriptors for descriptors, _, _ in others} == {first[0]}
     assert all(int(threads) <= int(first[1]) + 1 for _, threads, _ in others), "one that waits for a child"
@@ -391,7 +391,7 @@ def test_a_process_that_is_read_from_stays_as_long_as_it_is_used(
     folder = tmp_path / "stats"
     write(url, store, wire, 1)
     store.close()
-    program = "from fp8scope_collector.storage import clickhouse_http as it; it.UNUSED_S = 1.5; it.main()"
+    program = "from fp8scope_collector.storage import clickhouse_process as it; it.UNUSED_S = 1.5; it.main()"
     with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True) as reading:
         assert reading.stdout
         assert reading.stdout.readline() == "ready\n"
@@ -410,13 +410,13 @@ def test_a_process_that_is_read_from_stays_as_long_as_it_is_used(
 def test_who_has_just_read_the_offer_of_a_process_that_wants_to_leave_is_answered_and_it_stays(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clickhouse_http, "UNUSED_S", 0.0)
+    monkeypatch.setattr(clickhouse_process, "UNUSED_S", 0.0)
     folder = tmp_path / "stats"
     with contextlib.closing(open_stats(open_engine(url))) as store, ThreadPoolExecutor() as other:
         store.migrate()
         service = ReadService(folder, gives_way=True)
         asking = client(find(folder, os.getpid()) or pytest.fail("no offer"))
-        leaving = other.submit(clickhouse_http._is_left, service)
+        leaving = other.submit(clickhouse_process._is_left, service)
         while (folder / OFFER).exists():
             assert not leaving.done()
         assert asking.query("SELECT 1").result_rows == [(1,)]
@@ -430,7 +430,7 @@ def test_who_has_just_read_the_offer_of_a_process_that_wants_to_leave_is_answere
         stream.close()
         while service.unused_s() == 0.0:
             time.sleep(0.01)
-        assert clickhouse_http._is_left(service)
+        assert clickhouse_process._is_left(service)
         assert not (folder / OFFER).exists()
         service.close()
 

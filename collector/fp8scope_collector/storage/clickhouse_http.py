@@ -1,9 +1,9 @@
 """Lets other processes read a chDB folder while this one has it: ClickHouse's HTTP interface on loopback, read-only.
 
 A chDB folder belongs to one process: a collector, or one that is there to be read from while no collector has the
-folder (`read_from`). It answers queries here, on a free port, and leaves port and password in the folder, in a file
-for its own user alone; `find` reads them, if their writer still has the folder. Clients are clickhouse-connect's,
-unchanged.
+folder (`clickhouse_process`). It answers queries here, on a free port, and leaves port and password in the folder, in
+a file for its own user alone; `find` reads them, if their writer still has the folder. Clients are
+clickhouse-connect's, unchanged.
 
 What is asked cannot harm the collector: each query has a handle of its own on which `readonly = 1` is set after the
 limits, so that ClickHouse itself refuses to write, to reach for files and networks, and to change a setting. What it
@@ -24,8 +24,6 @@ import os
 import re
 import secrets
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -43,10 +41,7 @@ QUERIES = 4  # at a time
 WAIT_S = 20.0  # of one more, for its turn
 DRAIN_S = 1.0  # that a query has when the collector ends
 IDLE_S = 60.0  # without a byte from or to a client
-UNUSED_S = 10.0  # that a process which is there to be read from waits for the next query
-_STARTS_S = 60.0  # at most
 _THREADS_ALONE = 2  # of a query, where there is no ingest beside it
-_FAREWELL_S = 0.5  # in which those who have just read an offer still get their answer
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 64 << 20  # of a format that has to be complete before it is sent
 ROWS_AT_ONCE = 64  # of 256 values in each field: of each part that a query reads there is a block in memory
@@ -67,7 +62,6 @@ LIMITS = INTERPRETED | {
     "readonly": 1,
 }
 _LEAVE = "/leave"
-_READY = "ready\n"
 _COMMENT = "fp8scope reading"
 _STREAMED = ("Native", "ArrowStream")  # chDB gives other formats complete in each block, and no way to join these
 _TRANSPORT = ("database", "session_id", "query_id", "wait_end_of_query", "client_protocol_version", "default_format")
@@ -89,7 +83,7 @@ class Offer:
     def tell_to_leave(self) -> None:
         """Lets whoever wants to change something have the folder, soon."""
         with contextlib.suppress(OSError, http.client.HTTPException):  # it has left already
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=IDLE_S)
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DRAIN_S)
             connection.request("POST", _LEAVE, headers={"Authorization": _authorization(self.password)})
             connection.getresponse().read()
             connection.close()
@@ -125,32 +119,6 @@ def find(folder: Path, pid: int) -> Offer | None:
         offer = Offer(**json.loads((folder / OFFER).read_text()))
         return offer if offer.pid == pid else None
     return None
-
-
-def read_from(folder: Path) -> str:
-    """Starts a process that has the folder and lets others read it, until for some seconds nobody has.
-
-    A process of its own, as chDB does not give back what it takes: each time that a process has opened a folder and
-    closed it, five threads, eight descriptors and a megabyte stay behind, and 270 MiB in any case. A dashboard would
-    have no descriptors left after a hundred times.
-
-    Returns: why it did not start, or "" once it answers.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        process_group=0,  # Ctrl-C in the terminal is not for what others may be reading from
-    )
-    assert process.stdout
-    late = threading.Timer(_STARTS_S, process.kill)
-    late.start()
-    with process.stdout:
-        said = process.stdout.readline()
-    late.cancel()
-    threading.Thread(target=process.wait, name="fp8scope-reading", daemon=True).start()
-    return "" if said == _READY else said.strip() or f"the process that opens it ended, or took {_STARTS_S:.0f} s"
 
 
 class ReadService:
@@ -207,7 +175,7 @@ class ReadService:
         self.withdraw()
         self._server.shutdown()
         if running := self._wait(QUERIES):
-            with contextlib.closing(_open(self._path)) as handle:
+            with contextlib.closing(open_handle(self._path)) as handle:
                 handle.query(f"KILL QUERY WHERE Settings['log_comment'] = '{_COMMENT}'")
         self._server.hang_up()
         self._wait(running)
@@ -248,7 +216,7 @@ class ReadService:
         try:
             if self._closing:
                 raise QueryError("394", "Code: 394. DB::Exception: the collector ends. (QUERY_WAS_CANCELLED)")
-            with contextlib.closing(_open(self._path)) as handle:
+            with contextlib.closing(open_handle(self._path)) as handle:
                 threads = {"max_threads": _THREADS_ALONE} if self._offer.gives_way else {}
                 yield from _run(handle, sql, parameters, settings, LIMITS | threads)
         except RuntimeError as error:
@@ -270,7 +238,7 @@ def _authorization(password: str) -> str:
     return f"Basic {base64.b64encode(f'{USER}:{password}'.encode()).decode()}"
 
 
-def _open(path: str) -> Any:
+def open_handle(path: str) -> Any:
     """A handle to the folder that this process has open already: half a millisecond."""
     import chdb  # an extra, that whoever asks does not need
 
@@ -433,38 +401,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Queries are not worth a line each."""
-
-
-def main() -> None:
-    """Has the folder that is named, for `read_from`."""
-    folder = Path(sys.argv[1])
-    try:
-        with contextlib.closing(_open(os.path.realpath(folder))):
-            service = ReadService(folder, gives_way=True)
-            print(_READY, end="", flush=True)
-            with Path(os.devnull).open("w") as nowhere:  # who reads all that the starter says would wait for this one
-                os.dup2(nowhere.fileno(), sys.stderr.fileno())
-            while not _is_left(service):
-                pass
-            service.close()
-    except (RuntimeError, OSError) as error:
-        print(" ".join(str(error).split()), flush=True)
-        sys.exit(1)
-
-
-def _is_left(service: ReadService) -> bool:
-    """Whether, after a moment, nobody asks any more, or somebody else is to have the folder."""
-    if service.left.wait(min(1.0, UNUSED_S)):
-        return True
-    if service.unused_s() < UNUSED_S:
-        return False
-    service.withdraw()
-    service.left.wait(_FAREWELL_S)
-    if service.unused_s() < _FAREWELL_S and not service.left.is_set():
-        service.offer()
-        return False
-    return True
-
-
-if __name__ == "__main__":
-    main()

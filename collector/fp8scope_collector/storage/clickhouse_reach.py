@@ -1,7 +1,8 @@
 """Reaches a ClickHouse database, or a chDB folder that another process may have; for the store in `clickhouse`.
 
 A chDB folder is one process's from the first change to `close`. Whoever only reads does so through the process that has
-it (`clickhouse_http`, docs/adr/0084), or through one that is started for that, and leaves when a collector comes.
+it (`clickhouse_http`, docs/adr/0084), or through one that is started for that (`clickhouse_process`), and leaves when a
+collector comes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from clickhouse_connect.driver.httputil import get_pool_manager
 from urllib3.exceptions import HTTPError
 
-from fp8scope_collector.storage.clickhouse_http import INTERPRETED, USER, Offer, find, holder, read_from
+from fp8scope_collector.storage.clickhouse_http import INTERPRETED, USER, Offer, find, holder
+from fp8scope_collector.storage.clickhouse_process import read_from
 from fp8scope_collector.storage.stats_store import StorageError
 
 PATIENCE_S = 5.0  # with another process that has the chDB folder for a moment
