@@ -326,7 +326,7 @@ class Ingest:
             else:
                 put.lane.up_to_seq = max(put.lane.up_to_seq, committed)
             put.lane.changed.set()
-            self.turns.settled(put.lane, put.batch.entries)
+        self.turns.settled((put.lane, put.batch.entries) for put in group)
         self._metrics.observe_queue(self._queued_bytes)
         self._room.set()
 

@@ -3,8 +3,8 @@
 An acknowledgement comes when all that came before is committed. If each of 512 streams filled its window, that would
 be 40 seconds' work, and it would lie in memory; here it is what the database takes in a fraction of a second, however
 many streams there are, and the rest waits in the agents' spools. A stream that keeps up (nothing is ready behind what
-it sends) needs no turn; the others stand in one line and get one batch each, the first one too: all agents of a job
-come back at once (docs/adr/0081).
+it sends) needs no turn; the others stand in one line and get a few batches each, with the first one, too: all agents of a
+job come back at once (docs/adr/0081).
 
 How many rows that is depends on the machine and on who else uses it now; `Allowance` follows it.
 
@@ -17,12 +17,13 @@ import asyncio
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fp8scope_collector.decode import RefusedError
 from fp8scope_collector.messages import Source
 
+TOGETHER = 4  # turns that a stream gets at once: each time costs messages and wakes threads on both sides
 PROMISE_S = 1.0  # a turn that is not used for so long counts no more; it stays valid
 MEMORY_S = 2.0  # of work: how far back `Allowance` looks
 LEAST_SHARE = 4  # of the most: a database that stood still takes rows again at once
@@ -91,12 +92,13 @@ class Turns:
         self._queue(lane)
         self._serve()
 
-    def settled(self, lane: Lane, rows: int) -> None:
-        """A batch of the lane is committed or refused, and no longer owed."""
-        self._under_way -= rows
-        if not lane.more:
-            lane.turns = max(lane.turns, lane.received + 1)
-        self._queue(lane)
+    def settled(self, batches: Iterable[tuple[Lane, int]]) -> None:
+        """Batches, by their lanes and rows, are committed or refused, and no longer owed."""
+        for lane, rows in batches:
+            self._under_way -= rows
+            if not lane.more:
+                lane.turns = max(lane.turns, lane.received + 1)
+            self._queue(lane)
         self._serve()
 
     def waits(self, lane: Lane) -> bool:
@@ -120,20 +122,26 @@ class Turns:
 
     def _queue(self, lane: Lane) -> None:
         """Puts the lane at the end of the line, if it has something to send that its window has room for."""
-        if lane.more and not lane.left and lane.turns - lane.received + lane.owed < self._window:
+        if lane.more and not lane.left and self._room(lane) > 0:
             self._line.setdefault(lane)
 
     def _serve(self) -> None:
         while self._line and self._under_way < self._rows:
             lane, _ = self._line.popitem(last=False)
-            lane.turns += 1
             promise = self._promises.setdefault(lane, _Promise())
-            promise.rows.append(lane.rows)
+            for _ in range(min(TOGETHER, self._room(lane))):
+                if self._under_way < self._rows:
+                    lane.turns += 1
+                    promise.rows.append(lane.rows)
+                    self._under_way += lane.rows
             promise.since = self._clock()
             self._promises.move_to_end(lane)
-            self._under_way += lane.rows
             self._queue(lane)
             lane.changed.set()
+
+    def _room(self, lane: Lane) -> int:
+        """Batches that its window has room for."""
+        return self._window - (lane.turns - lane.received) - lane.owed
 
     def _release(self, lane: Lane) -> None:
         if promise := self._promises.pop(lane, None):

@@ -47,7 +47,7 @@ class Client:
     def commit(self, batches: int = 1) -> None:
         for _ in range(batches):
             self.lane.owed -= 1
-            self.turns.settled(self.lane, 100)
+            self.turns.settled([(self.lane, 100)])
 
 
 def test_turns_go_round_and_no_more_is_under_way_than_is_allowed(turns: Turns) -> None:
@@ -62,6 +62,15 @@ def test_turns_go_round_and_no_more_is_under_way_than_is_allowed(turns: Turns) -
     received = [client.lane.received for client in clients]
     assert sum(received) == 2010
     assert max(received) - min(received) <= 4, "a window at most, of the first who came"
+
+
+def test_streams_in_line_get_some_turns_at_once_as_far_as_there_is_room(turns: Turns) -> None:
+    clients = [Client(turns) for _ in range(10)]
+    assert [client.send() for client in clients] == [4, 4, 2, 0, 0, 0, 0, 0, 0, 0]
+
+    turns.settled([(clients[0].lane, 100)] * 4 + [(clients[1].lane, 100)] * 3)
+
+    assert [client.lane.turns - client.lane.received for client in clients] == [0, 0, 2, 4, 1, 0, 0, 0, 0, 0]
 
 
 def test_a_few_streams_fill_their_windows(turns: Turns) -> None:
