@@ -260,6 +260,15 @@ def test_tables_are_tuned_where_the_server_knows_the_setting(chdb: Beside) -> No
     assert tune("gpus", []) == []
 
 
+def test_an_insert_is_one_file_in_a_folder_and_parts_that_others_may_read_are_as_always(
+    chdb: Beside, wire: Any
+) -> None:
+    chdb.write(decode_stats(wire.stats(1, wire.columns(1)), chdb.source, Limits()))
+
+    assert chdb.sql("SELECT part_storage_type FROM system.parts WHERE table = 'stats_by_step'") == [("Packed",)]
+    assert tune(None, ["min_bytes_for_full_part_storage"]) == tune("gpus", ["min_bytes_for_full_part_storage"]) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
 def test_merges_get_what_others_leave_of_the_processors(chdb: Beside) -> None:
     threads = [*Path("/proc/self/task").glob("*")]

@@ -84,7 +84,7 @@ class ClickHouseStats:
             for statement in [*missing_columns(self.cluster, known), view]:
                 client.command(statement)
             settings = {row[0] for row in client.query("SELECT name FROM system.merge_tree_settings").result_rows}
-            for statement in tune(self.cluster, settings):
+            for statement in tune(self.cluster, settings, folder=self._database.folder is not None):
                 client.command(statement)
         if self._database.folder:
             merge_when_idle()

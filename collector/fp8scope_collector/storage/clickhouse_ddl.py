@@ -27,6 +27,7 @@ _TUNED = {
     "vertical_merge_algorithm_min_rows_to_activate": "1",
     "min_columns_to_activate_adaptive_write_buffer": "1",
 }
+_TUNED_IN_A_FOLDER = {"min_bytes_for_full_part_storage": str(32 << 20)}
 _INSERTS_REMEMBERED = 1000  # whose tokens are compared
 
 
@@ -45,16 +46,19 @@ def missing_columns(cluster: str | None, known: Collection[str]) -> list[str]:
     ]
 
 
-def tune(cluster: str | None, known: Collection[str]) -> list[str]:
+def tune(cluster: str | None, known: Collection[str], *, folder: bool = False) -> list[str]:
     """The statements that set what makes merges and inserts cheap, of the table settings that this server has.
 
     Rows are merged in one step into parts 20 times as large, not in two: each row is written anew half as often. Large
     parts are merged column after column, which takes a sixth of the memory (docs/adr/0087). Statistics of each column
     are for the planner; our queries name the key.
+
+    In a `folder` of chDB an insert is one file instead of a dozen, each of which has to be made and synced. A server's
+    parts may have to be read by a version before 26.7, which cannot (docs/adr/0088).
     """
     return [
         f"ALTER TABLE {local(cluster)}{_on(cluster)} MODIFY SETTING {name} = {value}"
-        for name, value in _TUNED.items()
+        for name, value in (_TUNED | (_TUNED_IN_A_FOLDER if folder else {})).items()
         if name in known
     ]
 
