@@ -51,6 +51,9 @@ class Cover:
 def cover(lives: Sequence[Life], spans: Sequence[Span], width: int) -> Cover:
     """What to read for `spans`, parts of `lives`, where steps are wanted no finer than `width`, a power of two."""
     buckets: list[Buckets] = []
+    wanted: dict[int, list[Interval]] = {}
+    for span in spans:
+        wanted.setdefault(span.source_id, []).append((span.first_step, span.last_step))
     for incarnation in sorted({span.incarnation for span in spans}):
         own = [life for life in lives if life.incarnation == incarnation and life.rolled_step > life.first_step]
         levels = [level for level in reversed(LEVELS) if level <= width]
@@ -58,8 +61,8 @@ def cover(lives: Sequence[Life], spans: Sequence[Span], width: int) -> Cover:
             continue
         unwanted: list[Interval] = []
         for life in own:
-            wanted = [(s.first_step, s.last_step) for s in spans if s.source_id == life.source_id]
-            unwanted += without((life.first_step, min(life.last_step, life.rolled_step - 1)), wanted)
+            rolled_up = (life.first_step, min(life.last_step, life.rolled_step - 1))
+            unwanted += without(rolled_up, wanted.get(life.source_id, []))
         top = LEVELS[-1]  # beyond the first and the last step there is nothing unwanted
         first = min(life.first_step for life in own) // top * top
         last = (max(life.rolled_step for life in own) // top + 1) * top - 1

@@ -96,7 +96,10 @@ class Extremes:
             at = np.stack([rows.step, rows.rank])
             np.maximum.at(self.last, rows.slot, rows.step)
             for values, sign in ((lows, 1), (-highs, -1)):
-                order = np.lexsort((at[1], at[0], values, rows.slot))  # NaN last
+                least = np.full(count, np.nan)
+                np.fmin.at(least, rows.slot, values)
+                equal = np.flatnonzero(values == least[rows.slot])
+                order = equal[np.lexsort((at[1, equal], at[0, equal], rows.slot[equal]))]
                 first = order[np.flatnonzero(np.diff(rows.slot[order], prepend=-1))]
                 self._take(rows.slot[first], sign * values[first], at[:, first], is_low=sign == 1)
         self.low, self.high = in_unit(field, self.low, self.high)
