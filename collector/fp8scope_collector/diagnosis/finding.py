@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ class Severity(enum.IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+_SEVERITIES = {int(severity): severity for severity in Severity}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,24 +140,29 @@ def findings(
     last = row[ends - 1]
     at = np.where(begun, row[np.minimum(at, row.size - 1)], last)
     rank, slot, first = rank[begins], slot[begins], row[begins] - np.where(begun, late, 0)
-    columns = {name: values[rank, at, slot].tolist() for name, values in (numbers or {}).items()}
-    columns_of = zip(*columns.values(), strict=True) if columns else [()] * len(begins)
+    names = [*(numbers or {})]
+    columns = [values[rank, at, slot].tolist() for values in (numbers or {}).values()]
     together = bad.shape[0] != len(window.ranks)
-    for i, (values, opens) in enumerate(zip(columns_of, begun.tolist(), strict=True)):
+    ranks_of = [window.ranks] if together else [(number,) for number in window.ranks]
+    steps = window.steps
+    of_each = (rank, slot, first, last, at, level, ends - begins, begun, worst[rank, at, slot])
+    of_each += (steps[first], steps[last], steps[at])
+    for i, each in enumerate(zip(*(values.tolist() for values in of_each), strict=True)):
+        which, tensor, since, until, peak, bad_as, rows, opens, how, first_step, last_step, worst_step = each
         yield Finding(
             rule=rule,
-            severity=Severity(int(level[i])),
-            slot=None if of_run else window.slots[slot[i]],
-            ranks=window.ranks if together else (window.ranks[rank[i]],),
-            first_step=int(window.steps[first[i]]),
-            last_step=int(window.steps[last[i]]),
-            first_row=window.first_row + int(first[i]),
-            last_row=window.first_row + int(last[i]),
-            rows=int(ends[i] - begins[i]),
-            worst=float(worst[rank[i], at[i], slot[i]]) if opens else -math.inf,
-            worst_step=int(window.steps[at[i]]),
-            numbers=dict(zip(columns, values, strict=True)) if opens else {},
-            note=note(int(at[i]), int(slot[i])) if opens else "",
+            severity=_SEVERITIES[bad_as],
+            slot=None if of_run else window.slots[tensor],
+            ranks=ranks_of[which],
+            first_step=first_step,
+            last_step=last_step,
+            first_row=window.first_row + since,
+            last_row=window.first_row + until,
+            rows=rows,
+            worst=how if opens else -math.inf,
+            worst_step=worst_step,
+            numbers={name: column[i] for name, column in zip(names, columns, strict=True)} if opens else {},
+            note=note(peak, tensor) if opens else "",
             opens=opens,
         )
 
@@ -162,12 +170,15 @@ def findings(
 def merged(earlier: Finding, later: Finding) -> Finding:
     """Two findings of one rule and tensor as one; of equally bad rows the earlier step's is told."""
     one, other = (earlier, later) if earlier.first_row <= later.first_row else (later, earlier)
-    worst = max(one, other, key=lambda finding: (finding.worst, -finding.worst_step))
-    return replace(
-        one,
+    worst = other if (other.worst, -other.worst_step) > (one.worst, -one.worst_step) else one
+    return Finding(  # not `replace`: where a whole run is in trouble this is what diagnosis does most of the time
+        rule=one.rule,
         severity=max(one.severity, other.severity),
-        ranks=tuple(sorted({*one.ranks, *other.ranks})),
+        slot=one.slot,
+        ranks=one.ranks if one.ranks == other.ranks else tuple(sorted({*one.ranks, *other.ranks})),
+        first_step=one.first_step,
         last_step=max(one.last_step, other.last_step),
+        first_row=one.first_row,
         last_row=max(one.last_row, other.last_row),
         rows=one.rows + other.rows,
         worst=worst.worst,
