@@ -68,7 +68,8 @@ class ClickHouseStats:
         self.cluster = str(url.query["cluster"]) if "cluster" in url.query else None
         self._database = Database(url)
         self._service: ReadService | None = None  # what lets others read the folder
-        self._blocks, self._spare = Blocks(), Blocks()
+        in_file = self._database.folder is not None
+        self._blocks, self._spare = Blocks(in_file=in_file), Blocks(in_file=in_file)
         self._prepared: tuple[list[Batch], Block] | None = None  # in `_spare`
         self._written: weakref.WeakKeyDictionary[Source, int] = weakref.WeakKeyDictionary()  # highest seq known stored
 
@@ -273,9 +274,14 @@ class ClickHouseStats:
         settings["optimize_on_insert"] = 0  # rows that replace others do so in merges and for readers
         if self.cluster:
             settings |= {"distributed_foreground_insert": 1}
-        columns, data = block
-        sent = data if self._database.folder else bytes(data)
-        client.raw_insert(STATS_BY_STEP, columns, sent, settings=settings, fmt="Native")
+        if block.path:  # chDB takes it from there, and `raw_insert` would write it to a file first
+            client.command(
+                f"INSERT INTO {STATS_BY_STEP} ({', '.join(block.columns)}) FROM INFILE '{block.path}' SETTINGS "
+                + ", ".join(f"{name} = {value!r}" for name, value in settings.items())
+                + " FORMAT Native"
+            )
+        else:
+            client.raw_insert(STATS_BY_STEP, block.columns, bytes(block.data), settings=settings, fmt="Native")
 
     def _change(self, statement: str, which: sa.ColumnElement[bool], settings: dict[str, int]) -> None:
         where = f"{local(self.cluster)} ON CLUSTER '{self.cluster}'" if self.cluster else STATS_BY_STEP

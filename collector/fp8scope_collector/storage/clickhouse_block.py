@@ -6,8 +6,11 @@ instead of converting (docs/adr/0083). Making one is copying, too (docs/adr/0086
 
 from __future__ import annotations
 
+import mmap
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +24,6 @@ from fp8scope_collector.storage.stats_store import row_schema
 Ints: TypeAlias = npt.NDArray[np.int64]
 Column: TypeAlias = npt.NDArray[Any]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-Block: TypeAlias = tuple[list[str], memoryview]  # of ClickHouse: names of the columns, and the block
 
 _KEY = ("run_id", "source_id", "slot_block", "step", "seq")
 _SLOT = np.dtype(np.int32)
@@ -30,11 +32,23 @@ _VALUES_BYTES = _SLOT.itemsize + sum(np.dtype(field.dtype).itemsize for field in
 _ROW_BYTES = 8 * (len(_KEY) + 1 + len(FIELDS))  # the key, and where the arrays end
 
 
+class Block(NamedTuple):
+    """A block of ClickHouse: the names of its columns, its bytes, and a file that has them, or None."""
+
+    columns: list[str]
+    data: memoryview
+    path: str | None
+
+
 class Blocks:
     """Lays out one block after the other in the same memory: fresh pages for each cost more than the copying."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_file: bool = False) -> None:
+        """`in_file`: this process can read it as a file, too, where the system has files in memory."""
         self._memory = np.empty(0, np.uint8)
+        self._file: BinaryIO | None = None
+        if in_file and sys.platform == "linux":
+            self._file = open(os.memfd_create("fp8scope-block"), "r+b", buffering=0)  # as long as this object
 
     def rows(self, batches: Sequence[Batch]) -> Block:
         """The block of `stats_by_step`, valid until the next, in the table's order.
@@ -47,7 +61,7 @@ class Blocks:
         sizes = np.concatenate([part.sizes for part in parts])[order]
         which = np.repeat(np.arange(len(parts)), [len(part.sizes) for part in parts])[order]
         ends = np.concatenate([part.sizes.cumsum() for part in parts])[order]
-        cuts = [*zip(which.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)]
+        cuts = _cuts(which, ends - sizes, ends)
         layout = _Layout(self._room(int(sizes.sum()), len(sizes)), len(_KEY) + 1 + len(FIELDS), len(sizes))
         for name, values in zip(_KEY, key[:, order], strict=True):
             layout.add(name, "Int64", [_bytes(values)])
@@ -57,13 +71,28 @@ class Blocks:
             there = np.array([len(each) > 0 for each in data])[which]
             pieces = [data[part][start * dtype.itemsize : end * dtype.itemsize] for part, start, end in cuts]
             layout.add(name, f"Array({TYPES[dtype.name]})", [_bytes((sizes * there).cumsum()), *pieces])
-        return [*_KEY, *(name for name, _ in columns)], layout.done()
+        data = layout.done()
+        if self._file:
+            self._file.truncate(len(data))
+        path = f"/proc/self/fd/{self._file.fileno()}" if self._file else None
+        return Block([*_KEY, *(name for name, _ in columns)], data, path)
 
     def _room(self, values: int, rows: int) -> Bytes:
         size = (len(_KEY) + 2 + len(FIELDS)) * _NAMES_BYTES + rows * _ROW_BYTES + values * _VALUES_BYTES
+        size = max(size, len(self._memory))
+        if self._file:
+            self._file.truncate(size)
         if len(self._memory) < size:
-            self._memory = np.empty(size, np.uint8)
+            shared = mmap.mmap(self._file.fileno(), size) if self._file else None
+            self._memory = np.frombuffer(shared, np.uint8) if shared else np.empty(size, np.uint8)
         return self._memory
+
+
+def _cuts(which: Ints, starts: Ints, ends: Ints) -> list[tuple[int, int, int]]:
+    """These pieces of parts, (part, start, end) each; those that go on where the one before them ends are one."""
+    first = np.flatnonzero(np.append(True, (which[1:] != which[:-1]) | (starts[1:] != ends[:-1])))
+    last = np.append(first[1:], len(which)) - 1
+    return [*zip(which[first].tolist(), starts[first].tolist(), ends[last].tolist(), strict=True)]
 
 
 class _Part:
