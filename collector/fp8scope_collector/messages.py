@@ -172,6 +172,17 @@ class Batch:
         """Rows of statistics in it."""
         return len(self.step)
 
+    @functools.cached_property
+    def run_slot(self) -> npt.NDArray[np.int64]:
+        """The numbers of its slots in the run, by row."""
+        return self.source.run_slot[self.slot]
+
+    @functools.cached_property
+    def ascends(self) -> bool:
+        """Whether its rows come by step and slot of the run, each once."""
+        step, slot = self.step, self.run_slot
+        return bool(((step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))).all())
+
     @property
     def entries(self) -> int:
         """Rows and histograms in it: how much there is to write."""

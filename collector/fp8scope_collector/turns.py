@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from fp8scope_collector.decode import RefusedError
 from fp8scope_collector.messages import Source
 
-TOGETHER = 4  # turns that a stream gets at once: each time costs messages and wakes threads on both sides
+TOGETHER = 2  # turns that a stream gets at once: each time costs messages and wakes threads on both sides
 PROMISE_S = 1.0  # a turn that is not used for so long counts no more; it stays valid
 MEMORY_S = 2.0  # of work: how far back `Allowance` looks
 LEAST_SHARE = 4  # of the most: a database that stood still takes rows again at once

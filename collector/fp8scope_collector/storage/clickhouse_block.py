@@ -101,13 +101,13 @@ class _Part:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self._order: Ints | None = None  # None: it came so
-        step, slot = batch.step, batch.source.run_slot[batch.slot]
-        if not _ascend(step, slot).all():
+        step, slot = batch.step, batch.run_slot
+        if not batch.ascends:
             order = np.lexsort((slot, step))
             self._order = order[np.append(_ascend(step[order], slot[order]), True)]
             step, slot = step[self._order], slot[self._order]
         block = slot // SLOTS_A_BLOCK
-        starts = np.flatnonzero(np.append(True, (np.diff(step) != 0) | (np.diff(block) != 0)))
+        starts = np.flatnonzero(np.append(True, (step[1:] != step[:-1]) | (block[1:] != block[:-1])))
         self.sizes = np.diff(starts, append=len(step))
         self.key = np.empty((len(_KEY), len(starts)), np.int64)
         self.key[0], self.key[1], self.key[4] = batch.source.run_id, batch.source.id, batch.seq

@@ -218,14 +218,16 @@ class Rolling:
             simple = None
         if not simple and rolled_step > (-1 if row.last_step is None else row.last_step):
             simple = _Simple(key, row.up_to_seq, rolled_step, newest)
-        segments = [segment for batch in batches if batch.rows for segment in _sorted_segments(batch)]
-        for segment in segments:
-            first, last = (segment.step, int(segment.slot[0])), (segment.step, int(segment.slot[-1]))
-            if first <= newest or segment.step < rolled_step or not _ascends(segment.slot):
-                change.forgotten.add(key)
-                if segment.step < rolled_step:
-                    remake.setdefault(key, set()).add(segment.step // LEVELS[0])
-            newest = max(newest, last)
+        segments: list[Segment] = []
+        for batch in batches:
+            for segment in _sorted_segments(batch) if batch.rows else ():
+                first, last = (segment.step, int(segment.slot[0])), (segment.step, int(segment.slot[-1]))
+                if first <= newest or segment.step < rolled_step or not (batch.ascends or _ascends(segment.slot)):
+                    change.forgotten.add(key)
+                    if segment.step < rolled_step:
+                        remake.setdefault(key, set()).add(segment.step // LEVELS[0])
+                newest = max(newest, last)
+                segments.append(segment)
         if simple:
             change.simple[source.id] = _Simple(key, batches[-1].seq, rolled_step, newest)
             change.segments.append((key, segments))
@@ -423,8 +425,8 @@ def _ascends(slot: npt.NDArray[np.int64]) -> bool:
 
 def _sorted_segments(batch: Batch) -> Iterator[Segment]:
     """The batch's rows, sorted by step and slot of the run, in pieces of one step; equal keys stay side by side."""
-    step, slot, columns = batch.step, batch.source.run_slot[batch.slot], batch.columns
-    if len(step) > 1 and not ((step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))).all():
+    step, slot, columns = batch.step, batch.run_slot, batch.columns
+    if not batch.ascends:
         order = np.lexsort((slot, step))
         step, slot, columns = step[order], slot[order], {name: column[order] for name, column in columns.items()}
     yield from _split(batch.source.rank, step, slot, columns)
