@@ -26,6 +26,13 @@ def keep_one_heap() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
+def share_heap_with_arrow() -> None:
+    """Makes Arrow allocate as everything else does: an allocator of its own keeps 20 MiB of what it has freed."""
+    import pyarrow as pa  # starts a thread with a heap of its own, where that may still be
+
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
 def forget_start() -> None:
     """Lets go of code and constants of libraries that only the start has used: of chDB's alone 120 MiB.
 

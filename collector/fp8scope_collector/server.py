@@ -38,7 +38,7 @@ from fp8scope_collector.exposition import Guard, MetricsServer
 from fp8scope_collector.ingest import Ingest
 from fp8scope_collector.keeper import Keeper
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.memory import forget_start, keep_one_heap
+from fp8scope_collector.memory import forget_start, keep_one_heap, share_heap_with_arrow
 from fp8scope_collector.messages import Batch, Opening, Sender, Source
 from fp8scope_collector.metrics import Metrics
 from fp8scope_collector.storage.engine import display_url, migrate, open_engine, open_stats
@@ -70,6 +70,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     """
     sys.setswitchinterval(SWITCH_S)
     keep_one_heap()
+    share_heap_with_arrow()
     certificate = Certificate(config.tls) if config.tls else None
     with contextlib.ExitStack() as closing:
         engine = open_engine(config.db)

@@ -3,7 +3,7 @@
 An acknowledgement comes when all that came before is committed. If each of 512 streams filled its window, that would
 be 40 seconds' work, and it would lie in memory; here it is what the database takes in a fraction of a second, however
 many streams there are, and the rest waits in the agents' spools. A stream that keeps up (nothing is ready behind what
-it sends) needs no turn; the others stand in one line and get a few batches each, with the first one, too: all agents of a
+it sends) needs no turn; the others stand in one line and get a few batches each, the first ones too: all agents of a
 job come back at once (docs/adr/0081).
 
 How many rows that is depends on the machine and on who else uses it now; `Allowance` follows it.

@@ -116,6 +116,29 @@ def test_all_threads_have_one_heap_and_large_arrays_are_not_in_it() -> None:
     assert (with_large, with_small) == (1, 1)
 
 
+@linux
+def test_what_arrow_has_freed_goes_back_to_the_kernel() -> None:
+    peak, kept = run("""
+        import numpy as np
+        import pyarrow as pa
+        from fp8scope_collector.memory import share_heap_with_arrow
+        from pathlib import Path
+
+        def resident():
+            return int(next(line for line in Path("/proc/self/status").open() if "VmRSS" in line).split()[1]) // 1024
+
+        share_heap_with_arrow()
+        ones, before = pa.array(np.ones(1 << 16)), resident()
+        arrays = [pa.concat_arrays([ones] * 4) for _ in range(50)]
+        print(resident() - before)
+        del arrays
+        print(resident() - before)
+    """)
+
+    assert peak >= 100
+    assert kept < 10
+
+
 def test_a_stream_that_waits_for_its_next_message_holds_nothing_of_the_last(wire: Any) -> None:
     source = Source(1, 1, "run", 0, 1, 0, False, np.arange(6), np.tile(np.arange(3, dtype=np.int8), 2), np.full(6, 8.8))
     held: list[weakref.ref[Batch]] = []

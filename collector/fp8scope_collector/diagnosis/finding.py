@@ -145,8 +145,10 @@ def findings(
     together = bad.shape[0] != len(window.ranks)
     ranks_of = [window.ranks] if together else [(number,) for number in window.ranks]
     steps = window.steps
-    of_each = (rank, slot, first, last, at, level, ends - begins, begun, worst[rank, at, slot])
-    of_each += (steps[first], steps[last], steps[at])
+    of_each = (
+        *(rank, slot, first, last, at, level, ends - begins, begun, worst[rank, at, slot]),
+        *(steps[first], steps[last], steps[at]),
+    )
     for i, each in enumerate(zip(*(values.tolist() for values in of_each), strict=True)):
         which, tensor, since, until, peak, bad_as, rows, opens, how, first_step, last_step, worst_step = each
         yield Finding(

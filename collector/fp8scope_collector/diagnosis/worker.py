@@ -23,7 +23,7 @@ from fp8scope_collector.diagnosis.notify import Notifier
 from fp8scope_collector.diagnosis.priority import Demand, step_aside, step_back
 from fp8scope_collector.diagnosis.settings import Settings
 from fp8scope_collector.logs import log_to_stderr
-from fp8scope_collector.memory import forget_start
+from fp8scope_collector.memory import forget_start, share_heap_with_arrow
 from fp8scope_collector.storage.stats_store import StorageError
 
 REST = 1  # times the processor time of a look, before the next: at most half a core, where one is idle
@@ -96,6 +96,7 @@ def main() -> None:
         stop.set()
 
     threading.Thread(target=wait_for_the_collector, daemon=True).start()
+    share_heap_with_arrow()
     forget_start()
     try:
         work(settings, stop)

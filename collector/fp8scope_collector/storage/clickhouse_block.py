@@ -6,11 +6,12 @@ instead of converting (docs/adr/0083). Making one is copying, too (docs/adr/0086
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +47,9 @@ class Blocks:
     def __init__(self, *, in_file: bool = False) -> None:
         """`in_file`: this process can read it as a file, too, where the system has files in memory."""
         self._memory = np.empty(0, np.uint8)
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         if in_file and sys.platform == "linux":
-            self._file = open(os.memfd_create("fp8scope-block"), "r+b", buffering=0)  # as long as this object
+            self._file = io.FileIO(os.memfd_create("fp8scope-block"), "r+")  # open as long as this object is there
 
     def rows(self, batches: Sequence[Batch]) -> Block:
         """The block of `stats_by_step`, valid until the next, in the table's order.
@@ -71,11 +72,11 @@ class Blocks:
             there = np.array([len(each) > 0 for each in data])[which]
             pieces = [data[part][start * dtype.itemsize : end * dtype.itemsize] for part, start, end in cuts]
             layout.add(name, f"Array({TYPES[dtype.name]})", [_bytes((sizes * there).cumsum()), *pieces])
-        data = layout.done()
+        whole, path = layout.done(), None
         if self._file:
-            self._file.truncate(len(data))
-        path = f"/proc/self/fd/{self._file.fileno()}" if self._file else None
-        return Block([*_KEY, *(name for name, _ in columns)], data, path)
+            self._file.truncate(len(whole))
+            path = f"/proc/self/fd/{self._file.fileno()}"
+        return Block([*_KEY, *(name for name, _ in columns)], whole, path)
 
     def _room(self, values: int, rows: int) -> Bytes:
         size = (len(_KEY) + 2 + len(FIELDS)) * _NAMES_BYTES + rows * _ROW_BYTES + values * _VALUES_BYTES
