@@ -14,11 +14,17 @@ import numpy as np
 
 
 def machine(*packages: str) -> str:
-    """The cores that we may use, the processor, Python's version and those of `packages`."""
+    """The cores that we may use, the processor, Python's version and those of `packages`.
+
+    With the processor's family and model: a virtual machine calls five generations "AMD EPYC".
+    """
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    known = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else ""))
+    processor = platform.machine()
+    if "model name" in known:
+        processor = f"{known['model name']} (family {known.get('cpu family')}, model {known.get('model')})"
     versions = (f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in packages))
-    return f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else platform.machine()}, {', '.join(versions)}"
+    return f"{len(os.sched_getaffinity(0))} cores of {processor}, {', '.join(versions)}"
 
 
 def cell(seconds: Sequence[float]) -> str:
