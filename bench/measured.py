@@ -19,7 +19,8 @@ def machine(*packages: str) -> str:
     With the processor's family and model: a virtual machine calls five generations "AMD EPYC".
     """
     cpuinfo = Path("/proc/cpuinfo")
-    known = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else ""))
+    said = cpuinfo.read_text() if cpuinfo.exists() else ""
+    known = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*:\s*(.+)$", said))
     processor = platform.machine()
     if "model name" in known:
         processor = f"{known['model name']} (family {known.get('cpu family')}, model {known.get('model')})"
