@@ -49,8 +49,8 @@ def test_only_what_a_file_still_has_is_let_go() -> None:
 
 @linux
 def test_what_only_the_start_has_used_leaves_memory_and_comes_back_when_it_is_used() -> None:
-    before, after, total = run("""
-        import chdb
+    before, after, total, watched = run("""
+        import chdb, gc
         from fp8scope_collector.memory import forget_start
         from pathlib import Path
 
@@ -64,10 +64,12 @@ def test_what_only_the_start_has_used_leaves_memory_and_comes_back_when_it_is_us
         forget_start()
         print(of_files())
         print(int(str(ask.query(question))))
+        print(len(gc.get_objects()))
     """)
 
     assert after < before / 2
     assert total == 499_500
+    assert watched < 1000, "objects of the start are looked through for garbage"
 
 
 @linux

@@ -312,6 +312,9 @@ def check_top(run: Recorded, by: Quantity, first: int, last: int, got: list[Wors
         extreme = where[worst.slot, worst.step, worst.rank][0 if low_is_bad else 1]
         every = [pair[0 if low_is_bad else 1] for (slot, *_), pair in where.items() if slot == worst.slot]
         assert extreme == pytest.approx(np.nanmin(every) if low_is_bad else np.nanmax(every), 1e-6, 4e-6)
+        own = {(step, rank): pair for (slot, step, rank), pair in where.items() if slot == worst.slot}
+        equal = [place for place, pair in own.items() if pair[0 if low_is_bad else 1] == extreme]
+        assert (worst.step, worst.rank) == min(equal), "the earliest of equal ones is told"
         assert worst.last_step == max(step for slot, step, _ in where if slot == worst.slot)
 
 

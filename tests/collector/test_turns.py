@@ -73,6 +73,10 @@ def test_streams_in_line_get_some_turns_at_once_as_far_as_there_is_room(turns: T
     assert [client.lane.turns - client.lane.received for client in clients] == [0, 0, 2, 2, 2, 1, 0, 0, 0, 0]
 
 
+def test_a_stream_gets_no_more_turns_than_its_window_has_room_for(clock: Clock) -> None:
+    assert Client(Turns(rows=1000, window=3, clock=clock)).lane.turns == 3
+
+
 def test_a_few_streams_fill_their_windows(turns: Turns) -> None:
     clients = [Client(turns), Client(turns)]
 
