@@ -291,6 +291,26 @@ def test_top_ranks_as_the_reference(engine: sa.Engine, reader: Reader, steps: in
         check_top(run, by, first, last, reader.top(run.run_id, last_steps=steps, limit=5, by=by))
 
 
+@pytest.mark.parametrize(("steps", "told"), [({0: [7, 9], 1: [5, 9]}, (5, 1)), ({0: [7, 9], 1: [7], 2: [7]}, (7, 0))])
+def test_of_equal_values_the_earliest_step_and_then_the_lowest_rank_are_told(
+    engine: sa.Engine, reader: Reader, steps: dict[int, list[int]], told: tuple[int, int]
+) -> None:
+    row = random_row(random.Random(1)) | {"numel": 256, "overflow": 100}
+    with engine.begin() as connection:
+        run_id = insert_run(connection, "gpt")
+        names = {"layer": "fc", "role": Role.INPUT, "module_class": "Fp8Linear", "in_features": 64, "out_features": 64}
+        connection.execute(schema.slot.insert().values(run_id=run_id, slot=0, **names))
+        for rank, recorded in steps.items():
+            source_id = insert_source(connection, run_id, rank, 1)
+            insert_rows(
+                connection, source_id, [{"source_id": source_id, "step": s, "slot": 0, **row} for s in recorded]
+            )
+
+    (worst,) = reader.top(run_id, last_steps=100, limit=1, by="overflow")
+
+    assert (worst.step, worst.rank) == told
+
+
 def check_top(run: Recorded, by: Quantity, first: int, last: int, got: list[Worst]) -> None:
     values: dict[int, list[tuple[float, float]]] = {}
     where: dict[tuple[int, int, int], tuple[float, float]] = {}
