@@ -16,7 +16,7 @@ import numpy as np
 def machine(*packages: str) -> str:
     """The cores that we may use, the processor, Python's version and those of `packages`.
 
-    With the processor's family and model: a virtual machine calls five generations "AMD EPYC".
+    With the processor's family and model: a virtual machine may call any generation "AMD EPYC".
     """
     cpuinfo = Path("/proc/cpuinfo")
     said = cpuinfo.read_text() if cpuinfo.exists() else ""
