@@ -412,23 +412,27 @@ def test_who_has_just_read_the_offer_of_a_process_that_wants_to_leave_is_answere
 ) -> None:
     monkeypatch.setattr(clickhouse_process, "UNUSED_S", 0.0)
     folder = tmp_path / "stats"
-    with contextlib.closing(open_stats(open_engine(url))) as store, ThreadPoolExecutor() as other:
+    with contextlib.closing(open_stats(open_engine(url))) as store:
         store.migrate()
         service = ReadService(folder, gives_way=True)
         asking = client(find(folder, os.getpid()) or pytest.fail("no offer"))
-        leaving = other.submit(clickhouse_process._is_left, service)
-        while (folder / OFFER).exists():
-            assert not leaving.done()
-        assert asking.query("SELECT 1").result_rows == [(1,)]
+        withdraw = service.withdraw
 
-        assert not leaving.result()
+        def withdraw_and_be_asked() -> None:
+            withdraw()
+            assert not (folder / OFFER).exists()
+            assert asking.query("SELECT 1").result_rows == [(1,)]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "withdraw", withdraw_and_be_asked)
+            assert not clickhouse_process._is_left(service)
         assert (folder / OFFER).exists()
         stream = asking.raw_stream("SELECT number FROM numbers(1000000000000)", fmt="Native")
         stream.read(1)
         time.sleep(0.1)
-        assert service.unused_s() == 0.0, "one that runs"
+        assert service.used_since(time.monotonic()), "one that runs"
         stream.close()
-        while service.unused_s() == 0.0:
+        while service.used_since(time.monotonic()):
             time.sleep(0.01)
         assert clickhouse_process._is_left(service)
         assert not (folder / OFFER).exists()

@@ -158,10 +158,10 @@ class ReadService:
         """Takes the offer back; who has read it already is answered."""
         self._file.unlink(missing_ok=True)
 
-    def unused_s(self) -> float:
-        """For how long no query has come, and none has run."""
+    def used_since(self, moment_s: float) -> bool:
+        """Whether a query runs, or one has come or ended at that moment of `time.monotonic` or later."""
         with self._count:
-            return 0.0 if self._running else time.monotonic() - self._asked_s
+            return self._running > 0 or self._asked_s >= moment_s
 
     def told_to_leave(self) -> bool:
         """Leaves, if this is one that does."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from fp8scope_collector.storage.clickhouse_http import ReadService, open_handle
@@ -68,11 +69,12 @@ def _is_left(service: ReadService) -> bool:
     """Whether, after a moment, nobody asks any more, or somebody else is to have the folder."""
     if service.left.wait(min(1.0, UNUSED_S)):
         return True
-    if service.unused_s() < UNUSED_S:
+    if service.used_since(time.monotonic() - UNUSED_S):
         return False
+    withdrawn_s = time.monotonic()
     service.withdraw()
     service.left.wait(_FAREWELL_S)
-    if service.unused_s() < _FAREWELL_S and not service.left.is_set():
+    if service.used_since(withdrawn_s) and not service.left.is_set():
         service.offer()
         return False
     return True
