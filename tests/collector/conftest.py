@@ -28,9 +28,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fp8core.records import FIELDS
 from fp8scope_collector.cli import main
-from fp8scope_collector.storage.engine import open_engine
+from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.reader import Reader
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 from fp8scope_protos.v1 import telemetry_pb2_grpc as pb_grpc
+from random_runs import NOW
 
 READY = re.compile(r"grpc (\S+), metrics (https?://\S+)/metrics, database (.+)")
 ROLES = (pb.ROLE_INPUT, pb.ROLE_WEIGHT, pb.ROLE_GRAD_OUTPUT)
@@ -43,6 +45,23 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/test.db"
     url: str = request.getfixturevalue("postgres_url")
     return url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    """That database with its tables."""
+    engine = open_engine(database_url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def reader(engine: sa.Engine) -> Iterator[Reader]:
+    """Reads from it, at the moment `NOW`."""
+    reader = Reader(engine.url.render_as_string(hide_password=False), clock=lambda: NOW)
+    yield reader
+    reader.close()
 
 
 class Wire:

@@ -7,7 +7,6 @@ import math
 import random
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,12 @@ from fp8scope_collector.decode import Catalogues, decode_finish, decode_open, de
 from fp8scope_collector.limits import Limits
 from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import schema
-from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.engine import open_engine
 from fp8scope_collector.storage.registry import ContradictionError
 from fp8scope_collector.storage.writer import Seen, StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 LIMITS = Limits()
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    engine = open_engine(database_url)
-    migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
