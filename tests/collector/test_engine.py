@@ -12,7 +12,9 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
+from fp8scope_collector.storage import engine as engines
 from fp8scope_collector.storage.engine import display_url, migrate, newest_version, open_engine
 from fp8scope_collector.storage.schema import metadata
 from fp8scope_collector.storage.stats_store import StorageError
@@ -45,6 +47,34 @@ def test_migrated_sqlite_is_the_same_sql_as_the_schema(tmp_path: Path) -> None:
         assert found == {name: _statement(sql) for name, sql in other.exec_driver_sql(listing)}
     migrated.dispose()
     created.dispose()
+
+
+def test_versions_are_those_that_alembic_finds() -> None:
+    scripts = ScriptDirectory(str(engines._MIGRATIONS.parent))
+
+    assert engines._known_versions() == {script.revision for script in scripts.walk_revisions()}
+    assert newest_version() == scripts.get_current_head()
+
+
+def test_a_collector_and_its_readers_load_neither_alembic_nor_a_driver_that_they_do_not_need(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/test.db"
+    engine = open_engine(url)
+    migrate(engine)
+    engine.dispose()
+    program = f"""
+import sys
+import fp8scope_collector.cli, fp8scope_collector.server, fp8scope_collector.diagnosis.worker
+from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.reader import Reader
+from fp8scope_collector.storage.writer import StatsWriter
+migrate(open_engine({url!r}))
+StatsWriter(open_engine({url!r})).catch_up(now_unix_ns=1)
+Reader({url!r}).runs()
+print([name for name in ("alembic", "mako", "psycopg", "chdb", "clickhouse_connect") if name in sys.modules])
+"""
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+
+    assert said.stdout == "[]\n"
 
 
 def test_migrating_again_changes_nothing(database_url: str) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from alembic import command
 
 from fp8core.records import FIELDS
 from fp8scope_collector.decode import decode_open, decode_stats
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.storage.engine import _alembic_config, migrate, newest_version, open_engine, stored_version
+from fp8scope_collector.storage.engine import migrate, newest_version, open_engine, stored_version, upgrade
 from fp8scope_collector.storage.reader import Reader
 from fp8scope_collector.storage.writer import StatsWriter
 from fp8scope_protos.v1 import telemetry_pb2 as pb
@@ -169,10 +168,8 @@ def _is_scan(node: dict[str, Any]) -> bool:
 
 
 def _upgrade(engine: sa.Engine, version: str) -> None:
-    config = _alembic_config()
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, version)
+        upgrade(connection, version)
 
 
 def _fill_first_tables(engine: sa.Engine) -> None:

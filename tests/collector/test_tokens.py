@@ -12,14 +12,12 @@ from typing import Any
 import grpc
 import pytest
 import sqlalchemy as sa
-from alembic import command
 
 from fp8scope_collector import auth
 from fp8scope_collector.auth import Gate
 from fp8scope_collector.decode import RefusedError, decode_open
 from fp8scope_collector.limits import Limits
-from fp8scope_collector.storage import engine as engines
-from fp8scope_collector.storage.engine import migrate, open_engine
+from fp8scope_collector.storage.engine import migrate, open_engine, upgrade
 from fp8scope_collector.storage.tokens import Token, create, digest, find, note_used, read_all, revoke
 
 DAY_NS = 86400 * 10**9
@@ -33,10 +31,8 @@ def database(tmp_path: Path) -> str:
 
 def test_a_database_of_the_first_version_gets_its_table_and_keeps_its_rows(database_url: str) -> None:
     engine = open_engine(database_url)
-    config = engines._alembic_config()
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+        upgrade(connection, "0001")
         connection.exec_driver_sql("INSERT INTO run (id, name, created_unix_ns) VALUES (7, 'kept', 1)")
         connection.exec_driver_sql("INSERT INTO stats (source_id, step, slot, amax) VALUES (1, 2, 3, 0.5)")
         assert "token" not in sa.inspect(connection).get_table_names()

@@ -6,10 +6,12 @@ import itertools
 import math
 import random
 import re
+import sqlite3
 import threading
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -20,7 +22,8 @@ from fp8scope_collector.messages import Batch, Source
 from fp8scope_collector.storage import schema
 from fp8scope_collector.storage.engine import open_engine
 from fp8scope_collector.storage.registry import ContradictionError
-from fp8scope_collector.storage.writer import Seen, StatsWriter
+from fp8scope_collector.storage.stats_store import StorageError
+from fp8scope_collector.storage.writer import Seen, StatsWriter, is_transient
 from fp8scope_protos.v1 import telemetry_pb2 as pb
 
 LIMITS = Limits()
@@ -378,6 +381,31 @@ def test_the_run_has_the_newest_source_s_configuration(engine: sa.Engine, writer
 
     found = _all(engine, "SELECT project, name, config_json, tags_json, notes FROM run")
     assert found == [("p", "run", '{"lr": 2}', '["a"]', "first")]
+
+
+def refused(by_driver: Exception) -> Exception:
+    """As SQLAlchemy would raise it."""
+    return sa.exc.DBAPIError.instance("INSERT", None, by_driver, type(by_driver))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (sqlite3.OperationalError("database or disk is full"), True),
+        (refused(sqlite3.OperationalError("database is locked")), True),
+        (refused(psycopg.errors.DeadlockDetected("deadlock detected")), True),
+        (refused(psycopg.errors.AdminShutdown("terminating connection")), True),
+        (sa.exc.TimeoutError("pool"), True),
+        (StorageError("chDB says no"), True),
+        (sqlite3.IntegrityError("NOT NULL"), False),
+        (refused(sqlite3.IntegrityError("NOT NULL")), False),
+        (refused(psycopg.errors.NotNullViolation("null value")), False),
+        (refused(psycopg.errors.NumericValueOutOfRange("out of range")), False),
+        (ValueError("ours"), False),
+    ],
+)
+def test_what_a_database_refuses_for_its_values_is_not_tried_again(error: Exception, transient: bool) -> None:
+    assert is_transient(error) is transient
 
 
 def test_ranks_that_register_at_once_on_two_collectors_share_run_and_slots(

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psycopg
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -55,10 +54,9 @@ def is_transient(error: Exception) -> bool:
     """Whether the database failed (locked, full, gone, restarting) and not what was written to it."""
     if isinstance(error, StorageError):  # of a store of statistics beside the database
         return True
-    original = error.orig if isinstance(error, sa.exc.DBAPIError) else error
-    of_the_values = (sqlite3.IntegrityError, sqlite3.DataError, psycopg.IntegrityError, psycopg.DataError)
-    return isinstance(original, (sqlite3.Error, psycopg.Error, sa.exc.TimeoutError)) and not isinstance(
-        original, of_the_values
+    of_the_values = (sa.exc.IntegrityError, sa.exc.DataError, sqlite3.IntegrityError, sqlite3.DataError)
+    return isinstance(error, (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error)) and not isinstance(
+        error, of_the_values
     )
 
 
