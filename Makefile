@@ -30,7 +30,7 @@ test-deps: ## what tests need beyond Python, by apt when root: a browser, Postgr
 	@bash tests/install-deps.sh
 
 test: $(STAMP) ## all tests
-	@$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 check: $(STAMP) ## format, lint, types, imports, protobuf
 	@$(BIN)/ruff format --check --quiet . || { echo "run '$(BIN)/ruff format .'"; exit 1; }

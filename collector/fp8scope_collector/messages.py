@@ -180,10 +180,15 @@ class Batch:
     @functools.cached_property
     def ascends(self) -> bool:
         """Whether its rows come by step and slot of the run, each once."""
-        step, slot = self.step, self.run_slot
-        return bool(((step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))).all())
+        return bool(ascending(self.step, self.run_slot).all())
 
     @property
     def entries(self) -> int:
         """Rows and histograms in it: how much there is to write."""
         return self.rows + (len(self.histograms.step) if self.histograms else 0)
+
+
+def ascending(step: npt.NDArray[np.int64], slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether each (step, slot) is below the one that follows: one value less than there are."""
+    below: npt.NDArray[np.bool_] = (step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))
+    return below

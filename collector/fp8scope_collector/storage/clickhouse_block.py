@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fp8core.records import FIELDS
-from fp8scope_collector.messages import Batch
+from fp8scope_collector.messages import Batch, ascending
 from fp8scope_collector.storage.clickhouse_ddl import SLOTS_A_BLOCK, TYPES
 from fp8scope_collector.storage.stats_store import row_schema
 
@@ -105,7 +105,7 @@ class _Part:
         step, slot = batch.step, batch.run_slot
         if not batch.ascends:
             order = np.lexsort((slot, step))
-            self._order = order[np.append(_ascend(step[order], slot[order]), True)]
+            self._order = order[np.append(ascending(step[order], slot[order]), True)]
             step, slot = step[self._order], slot[self._order]
         block = slot // SLOTS_A_BLOCK
         starts = np.flatnonzero(np.append(True, (step[1:] != step[:-1]) | (block[1:] != block[:-1])))
@@ -177,9 +177,9 @@ def _rows_of(block: pa.RecordBatch, fields: Sequence[str], most: int) -> Iterato
     sizes, slot = _sizes(block["slot"]), _values(block["slot"])
     which = np.repeat(np.cumsum(np.append(0, (np.diff(source) != 0) | (np.diff(step) != 0))), sizes)
     order = None
-    if not _ascend(which, slot).all():  # a row was sent again
+    if not ascending(which, slot).all():  # a row was sent again
         order = np.lexsort((slot, which))
-        order = order[np.append(_ascend(which[order], slot[order]), True)]
+        order = order[np.append(ascending(which[order], slot[order]), True)]
     layout = row_schema(fields)
     key = [np.repeat(source, sizes), np.repeat(step, sizes), slot.astype(np.int64)]
     columns = [pa.array(each if order is None else each[order]) for each in key]
@@ -211,12 +211,6 @@ def _values(lists: pa.ListArray) -> Column:
 def _sizes(lists: pa.ListArray) -> Ints:
     sizes: Ints = lists.value_lengths().to_numpy(zero_copy_only=False)
     return sizes
-
-
-def _ascend(step: Column, slot: Column) -> npt.NDArray[np.bool_]:
-    """Whether each (step, slot) is below the one that follows."""
-    below: npt.NDArray[np.bool_] = (step[1:] > step[:-1]) | ((step[1:] == step[:-1]) & (slot[1:] > slot[:-1]))
-    return below
 
 
 def _bytes(column: Column) -> Bytes:

@@ -222,7 +222,11 @@ class Rolling:
         for batch in batches:
             for segment in _sorted_segments(batch) if batch.rows else ():
                 first, last = (segment.step, int(segment.slot[0])), (segment.step, int(segment.slot[-1]))
-                if first <= newest or segment.step < rolled_step or not (batch.ascends or _ascends(segment.slot)):
+                if (
+                    first <= newest
+                    or segment.step < rolled_step
+                    or not (batch.ascends or (np.diff(segment.slot) > 0).all())
+                ):
                     change.forgotten.add(key)
                     if segment.step < rolled_step:
                         remake.setdefault(key, set()).add(segment.step // LEVELS[0])
@@ -417,10 +421,6 @@ def _merge(buckets: dict[int, Rollup], segments: Iterable[Segment]) -> None:
         by_bucket.setdefault(segment.step // LEVELS[0], []).append(segment)
     for bucket, own in by_bucket.items():
         buckets.setdefault(bucket, Rollup(LEVELS[0])).add(own)
-
-
-def _ascends(slot: npt.NDArray[np.int64]) -> bool:
-    return bool((slot[1:] > slot[:-1]).all())
 
 
 def _sorted_segments(batch: Batch) -> Iterator[Segment]:
