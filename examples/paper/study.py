@@ -228,7 +228,10 @@ def run(work: Work, collector: str, folder: Path) -> Result:
 def checked(result: Result) -> Result:
     """The result, once all its rows have arrived."""
     if result["rows_dropped"] or result["rows_sent"] != result["rows_recorded"]:
-        raise SystemExit(f"{result['name']}: {result['rows_sent']} of {result['rows_recorded']} rows arrived")
+        raise SystemExit(
+            f"{result['name']}: of {result['rows_recorded']} rows {result['rows_sent']} arrived, and "
+            f"{result['rows_dropped']} were dropped before; expected all. Start the study again: what is done stays"
+        )
     return result
 
 

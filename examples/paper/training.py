@@ -26,6 +26,7 @@ from train_gpt import Gpt, batches, learning_rate, standard_library_bytes
 
 PROJECT = "paper"
 HELD_OUT = 1_500  # examples of a task, at most
+STEPS_AHEAD = 8  # of what is written: half of what the agent has room for
 LossOf = Callable[[Tensor, Tensor], Tensor]
 CPU = torch.device("cpu")
 
@@ -187,6 +188,7 @@ def run(job: Job, *, collector: str, folder: Path) -> dict[str, float | int | st
                 else:
                     final = {"accuracy": accuracy(model, task)}
             monitor.step(step, **scalars, **final)
+            keep_pace(monitor, step)
     state = monitor.snapshot()
     if job.method in ("fp32", "amax-graphcore"):
         (folder / "weights").mkdir(exist_ok=True)
@@ -202,6 +204,13 @@ def run(job: Job, *, collector: str, folder: Path) -> dict[str, float | int | st
         "rows_sent": state.rows_sent,
         "rows_dropped": sum(state.rows_dropped.values()),
     }
+
+
+def keep_pace(monitor: fp8scope.Monitor, step: int) -> None:
+    """Waits for steps to be written, ten seconds at most: a job would go on and drop some, a study needs them all."""
+    deadline = time.monotonic() + 10
+    while step - (monitor.snapshot().step or 0) > STEPS_AHEAD and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 @torch.no_grad()
