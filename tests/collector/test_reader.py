@@ -25,6 +25,7 @@ from random_runs import (
     Recorded,
     insert_rows,
     insert_run,
+    insert_slot,
     insert_source,
     quantity_of,
     random_row,
@@ -146,8 +147,7 @@ def test_of_equal_values_the_earliest_step_and_then_the_lowest_rank_are_told(
     row = random_row(random.Random(1)) | {"numel": 256, "overflow": 100}
     with engine.begin() as connection:
         run_id = insert_run(connection, "gpt")
-        names = {"layer": "fc", "role": Role.INPUT, "module_class": "Fp8Linear", "in_features": 64, "out_features": 64}
-        connection.execute(schema.slot.insert().values(run_id=run_id, slot=0, **names))
+        insert_slot(connection, run_id, 0, "fc", Role.INPUT)
         for rank, recorded in steps.items():
             source_id = insert_source(connection, run_id, rank, 1)
             insert_rows(

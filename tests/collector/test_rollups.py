@@ -20,6 +20,7 @@ from fp8scope_collector.storage.engine import migrate, open_engine, open_stats
 from fp8scope_collector.storage.rollups import Rollup, Segment, merge_bins, place
 from fp8scope_collector.storage.stats_store import Pace, StatsStore
 from fp8scope_collector.storage.writer import StatsWriter
+from random_runs import insert_run, insert_source
 from rollup_reference import compare, compare_slot, stored
 
 SLOTS = 5
@@ -144,20 +145,8 @@ def add_source(engine: sa.Engine, rank: int, incarnation: int) -> Source:
     with engine.begin() as connection:
         run_id = connection.scalar(sa.select(schema.run.c.id))
         if run_id is None:
-            run = schema.run.insert().values(project="", name="run", created_unix_ns=1)
-            run_id = connection.execute(run).inserted_primary_key[0]
-        values = {
-            "run_id": run_id,
-            "rank": rank,
-            "incarnation": incarnation,
-            "world_size": 3,
-            "clock_skew_ns": 0,
-            "source_uuid": f"{rank}-{incarnation}",
-            "agent_version": "",
-            "environment_json": "{}",
-            **dict.fromkeys(("started_unix_ns", "first_seen_unix_ns", "last_seen_unix_ns"), 1),
-        }
-        source_id = connection.execute(schema.source.insert().values(**values)).inserted_primary_key[0]
+            run_id = insert_run(connection, "run")
+        source_id = insert_source(connection, run_id, rank, incarnation, last_seen_unix_ns=1)
     ids = np.arange(SLOTS)
     return Source(
         id=source_id,

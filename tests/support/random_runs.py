@@ -48,33 +48,16 @@ def record(engine: sa.Engine, seed: int, *, name: str = "gpt", every: int = 1) -
         run_id = insert_run(connection, name)
         recorded = Recorded(run_id)
         for number, (layer, role) in enumerate(slots):
-            connection.execute(
-                schema.slot.insert().values(
-                    run_id=run_id,
-                    slot=number,
-                    layer=layer,
-                    role=role,
-                    module_class="Fp8Linear",
-                    in_features=64,
-                    out_features=64,
-                )
-            )
+            insert_slot(connection, run_id, number, layer, role)
         start, stop = 0, rng.randrange(20, 90)
         incarnations = rng.choice([1, 2, 3])
         for incarnation in range(1, incarnations + 1):
             for number in range(len(slots)):
                 form = rng.choice(["E4M3FN", "E5M2"])
                 recorded.formats[incarnation, number] = form
-                connection.execute(
-                    schema.slot_recipe.insert().values(
-                        run_id=run_id,
-                        incarnation=incarnation,
-                        slot=number,
-                        format=form,
-                        recipe="AmaxScaling()",
-                        margin=incarnation,
-                    )
-                )
+                values = {"run_id": run_id, "incarnation": incarnation, "slot": number, "format": form}
+                recipe = schema.slot_recipe.insert().values(**values, recipe="AmaxScaling()", margin=incarnation)
+                connection.execute(recipe)
             for rank in range(rng.choice([1, 3])):
                 source_id = insert_source(connection, run_id, rank, incarnation)
                 rows = []
@@ -115,6 +98,12 @@ def insert_run(connection: sa.Connection, name: str, **columns: Any) -> int:
     """Returns its id; it was made an hour before `NOW`."""
     values = {"project": "", "name": name, "created_unix_ns": NOW - 3600 * SECOND} | columns
     return int(connection.execute(schema.run.insert().values(**values)).inserted_primary_key[0])
+
+
+def insert_slot(connection: sa.Connection, run_id: int, slot: int, layer: str, role: Role) -> None:
+    """A tensor of a linear layer of 64 x 64."""
+    size = {"module_class": "Fp8Linear", "in_features": 64, "out_features": 64}
+    connection.execute(schema.slot.insert().values(run_id=run_id, slot=slot, layer=layer, role=role, **size))
 
 
 def insert_source(connection: sa.Connection, run_id: int, rank: int = 0, incarnation: int = 1, **columns: Any) -> int:

@@ -1,8 +1,8 @@
 """Statistics in the relational database itself, on SQLite and PostgreSQL: the default `StatsStore`.
 
-Rows go in by the fastest way that each database has: SQLite by statements of many rows, PostgreSQL by binary COPY of
-numpy records. They are read in the order of their key, (source, step, slot); one slot by seeks on the steps it has.
-On PostgreSQL the newest rows of a run, a short span of each of hundreds of ranks, are read together, by COPY too.
+Rows go in by the fastest way that each database has: SQLite by statements of many rows, PostgreSQL by binary COPY
+(`postgresql_copy`). They are read in the order of their key, (source, step, slot); one slot by seeks on the steps that
+it has. On PostgreSQL the newest rows of a run, a short span of each of hundreds of ranks, are read together by COPY.
 """
 
 from __future__ import annotations

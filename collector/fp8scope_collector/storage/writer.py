@@ -63,7 +63,7 @@ def is_transient(error: Exception) -> bool:
 class StatsWriter:
     """The writing side of one database, for one thread. A method that fails has changed nothing and may be repeated.
 
-    Raises (every method): SQLAlchemy's or the driver's errors; `is_transient` tells which are worth a repetition.
+    Raises (every method): SQLAlchemy's or sqlite3's errors; `is_transient` tells which are worth a repetition.
     """
 
     def __init__(self, engine: sa.Engine, store: StatsStore | None = None) -> None:
